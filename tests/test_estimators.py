@@ -1,0 +1,190 @@
+"""Equations 3 to 7 and the token statistics, against plain loops in double precision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common as c
+
+
+def loop_statistics(logits, targets):
+    """log p and entropy of each position, one number at a time, in Python floats."""
+    logprob, entropy = [], []
+    for row, target in zip(logits.double().tolist(), targets.tolist(), strict=True):
+        top = max(row)
+        total = sum(math.exp(z - top) for z in row)
+        p = [math.exp(z - top) / total for z in row]
+        logprob.append(row[target] - top - math.log(total))
+        entropy.append(-sum(q * math.log(q) for q in p if q > 0))
+    return logprob, entropy
+
+
+@pytest.mark.parametrize(("length", "vocabulary", "scale"), [(7, 11, 1.0), (1, 3, 5.0), (4, 32_000, 3.0), (3, 50, 200.0)])
+def test_token_statistics(length, vocabulary, scale):
+    generator = torch.Generator().manual_seed(length)
+    logits = torch.randn(length, vocabulary, generator=generator) * scale
+    targets = torch.randint(vocabulary, (length,), generator=generator)
+    logprob, entropy = c.token_statistics(logits, targets)
+    expected = loop_statistics(logits, targets)
+    assert logprob.tolist() == pytest.approx(expected[0], abs=1e-4)
+    assert entropy.tolist() == pytest.approx(expected[1], abs=1e-4)
+    low, low_entropy = c.token_statistics(logits.bfloat16(), targets)
+    expected = loop_statistics(logits.bfloat16().float(), targets)
+    assert low.tolist() == pytest.approx(expected[0], abs=1e-4) and low_entropy.tolist() == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_token_statistics_infinite_logits():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0], [torch.inf, 1.0, -torch.inf]])
+    logprob, entropy = c.token_statistics(logits, torch.tensor([0, 0]))
+    assert logprob.tolist() == pytest.approx([-math.log(2), 0.0])
+    assert entropy.tolist() == pytest.approx([math.log(2), 0.0])
+    assert c.token_statistics(logits, torch.tensor([1, 2]))[0].tolist() == [-math.inf, -math.inf]
+
+
+def test_length_normalized_logprob():
+    logprob = torch.tensor([-0.1, -2.0, -0.7])
+    assert float(c.length_normalized_logprob(logprob)) == pytest.approx(math.exp(2.8 / 3), rel=1e-6)
+    assert float(c.length_normalized_logprob(torch.zeros(1))) == 1.0
+
+
+def test_mean_token_entropy():
+    assert float(c.mean_token_entropy(torch.tensor([0.5, 1.0, 0.0]))) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("relevance", "weights"),
+    [([0.2, 0.6, 0.2], [0.2, 0.6, 0.2]), ([1.0, -3.0, 3.0], [0.25, 0.0, 0.75]), ([0.0, 0.0, 0.0], [1 / 3] * 3), ([-1.0, -2.0, 0.0], [1 / 3] * 3)],
+)
+def test_token_sar(relevance, weights):
+    logprob = [-0.5, -1.5, -4.0]
+    expected = -sum(w * p for w, p in zip(weights, logprob, strict=True))
+    assert float(c.token_sar(torch.tensor(logprob), torch.tensor(relevance))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_token_sar_of_one_token():
+    assert float(c.token_sar(torch.tensor([-3.0]), torch.tensor([0.0]))) == 3.0
+
+
+@pytest.mark.parametrize("estimator", [c.length_normalized_logprob, c.mean_token_entropy])
+def test_no_tokens_is_an_error(estimator):
+    with pytest.raises(ValueError, match="one or more tokens"):
+        estimator(torch.zeros(0))
+
+
+def test_token_relevance_is_one_minus_cosine():
+    encoder = c.default_encoder()
+    question, sentence = "What is the sum?", "3 plus 5 is 8."
+    pieces = [(0, 1), (1, 6), (6, 8), (8, 11), (11, 13)]
+    relevance = c.token_relevance(question, sentence, pieces, encoder)
+    for (a, b), value in zip(pieces, relevance, strict=True):
+        full, cut = encoder.model.encode([f"{question} {sentence}", f"{question} {sentence[:a] + sentence[b:]}"])
+        cosine = np.dot(full, cut) / np.linalg.norm(full) / np.linalg.norm(cut)
+        assert value == pytest.approx(1 - cosine, abs=1e-5)
+
+
+def test_confidence_of_a_data_set():
+    raw = np.array([[1.0, 0.0, 0.0, 0.2], [2.0, 0.5, 1.0, 0.2], [3.0, 1.0, 4.0, 0.2]])  # the last estimator is constant
+    confidence = c.fit_confidence(raw, [1, 1, 1, 1])
+    u = c.fuse(raw, confidence)
+    assert u.tolist() == pytest.approx([0.0, (0.5 + 0.5 + 0.25) / 4, 0.75])  # eq. 7
+    mean, std = np.mean(u), np.std(u)
+    assert confidence["edges"] == pytest.approx([mean - std, mean + std, mean + 2 * std, mean + 3 * std])
+    # new data beyond the stored range is clipped, not rescaled
+    assert c.fuse(np.array([[9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 0.0]]), confidence).tolist() == pytest.approx([0.75, 0.0])
+    largest = c.fit_confidence(raw, [1, 1, 1, 1], fusion="max")
+    assert c.fuse(raw, largest).tolist() == pytest.approx([0.0, 0.5, 1.0])
+    without = c.fit_confidence(raw, [0, 1, 1, 0])
+    assert c.fuse(raw, without).tolist() == pytest.approx([0.0, 0.375, 1.0])
+
+
+def test_levels():
+    confidence = {"edges": [0.1, 0.3, 0.5, 0.7]}
+    u = [0.0, 0.1, 0.11, 0.3, 0.31, 0.5, 0.6, 0.7, 0.71, 1.0]
+    assert c.to_level(np.array(u), confidence).tolist() == [5, 5, 4, 4, 3, 3, 2, 2, 1, 1]
+    uniform = c.fit_confidence(np.random.default_rng(0).random((50, 4)), [1] * 4, cuts="uniform")
+    assert uniform["edges"] == [0.2, 0.4, 0.6, 0.8]
+    assert [c.conf(level) for level in range(1, 6)] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_clip_scorer(cache, records):
+    import open_clip
+
+    folder = c.digits_paths(cache, 0, 1.0)["clip"]
+    images, sentences = [r["image"] for r in records[:3]], ["The left digit is 3.", "3 plus 5 is 8.", "The left digit is 3."]
+    cosine = c.ClipScorer(folder)(images, sentences)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    with torch.no_grad():
+        v = model.encode_image(torch.stack([preprocess(c.load_image(p)) for p in images]))
+        s = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(sentences))
+    assert cosine.tolist() == pytest.approx(torch.cosine_similarity(v, s).tolist(), abs=1e-5)
+
+
+def test_llava_sees_what_clip_sees(cache, base):
+    """The base model's image tower is the CLIP model's, weight for weight."""
+    import open_clip
+
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{c.digits_paths(cache, 0, 1.0)['clip']}")
+    clip.eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        pooled = base[0].model.vision_tower(pixels).pooler_output
+        assert torch.allclose(pooled @ clip.visual.proj, clip.encode_image(pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0])
+def test_statistics_at_generation_equal_a_forward_pass(base, records, temperature):
+    """What is recorded while sampling, at any temperature, is what one pass over the finished responses gives."""
+    model, processor = base
+    generations = c.generate(model, processor, records, temperature, 40, seed=1)
+    batch = c.collate(processor, records, [g.ids for g in generations])
+    with torch.no_grad():
+        logprob, entropy = c.response_statistics(model, batch, c.response_hidden(model, batch))
+    for row, generation in enumerate(generations):
+        n = len(generation.ids)
+        assert torch.allclose(logprob[row, :n], generation.logprob, atol=1e-4)
+        assert torch.allclose(entropy[row, :n], generation.entropy, atol=1e-4)
+        assert not logprob[row, n:].any() and not entropy[row, n:].any()
+
+
+def test_statistics_do_not_depend_on_padding(base, records):
+    model, processor = base
+    generations = c.generate(model, processor, records, 1.0, 30, seed=2)
+    batch = c.collate(processor, records, [g.ids for g in generations])
+    batch.inputs["input_ids"][batch.inputs["attention_mask"] == 0] = 7  # garbage where padding was
+    with torch.no_grad():
+        joint, _ = c.response_statistics(model, batch, c.response_hidden(model, batch))
+        for row in (0, 5):
+            single = c.collate(processor, [records[row]], [generations[row].ids])
+            alone, _ = c.response_statistics(model, single, c.response_hidden(model, single))
+            assert torch.allclose(joint[row, : alone.shape[1]], alone[0], atol=1e-4)
+
+
+def test_offsets_cover_the_text(base):
+    tokenizer = base[1].tokenizer
+    for text in ("The left digit is 3, and I'm quite confident in this.", "naïve café – 東京."):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        decoded, offsets = c.decode_with_offsets(tokenizer, ids)
+        assert decoded == text
+        assert "".join(decoded[a:b] for a, b in offsets) == text and offsets[-1] == (len(text), len(text))
+
+
+def test_image_placeholder_is_never_sampled(base, records):
+    model, processor = base
+    generations = c.generate(model, processor, records, 50.0, 60, seed=0)  # nearly uniform sampling
+    assert all(processor.image_token_id not in g.ids for g in generations)
+
+
+def test_digits_world(cache):
+    pools = [c.digit_scans(pool)[0].reshape(-1, 64) for pool in c.POOLS]
+    scans = np.concatenate(pools)
+    assert len(scans) == 1797 and [len(p) for p in pools] == list(c.POOLS.values())
+    records = c.load_data("digits", "test", 60, cache)
+    assert [r["id"] for r in c.load_data("digits", "test", 20, cache)] == [r["id"] for r in records[:20]]
+    for record in records:
+        left, right = (int(s[-2]) for s in record["reference"]["image"])
+        answer = {"sum": left + right, "difference": abs(left - right), "larger": max(left, right)}
+        family = next(f for f, question in c.FAMILIES.items() if question == record["question"])
+        assert record["answer"] == str(answer[family]) == c.extract_answer(record["reference"]["reasoning"])

@@ -1,0 +1,173 @@
+"""Rewards, advantages and the PPO update."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import common as c
+import ppo
+import warmup
+
+
+@pytest.fixture(scope="module")
+def warm(base, records):
+    """A policy that states levels after its sentences: the tiny base model, fine-tuned for a few steps on its own chains."""
+    model, processor = copy.deepcopy(base[0]).requires_grad_(True), base[1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    rng = np.random.default_rng(0)
+    pool = {level: texts[:3] for level, texts in c.load_statements().items()}
+    for _ in range(70):
+        chains = [r["reference"]["image"] + r["reference"]["reasoning"] for r in records]
+        texts = [c.insert(chain, rng.integers(1, 6, size=4), rng, pool) for chain in chains]
+        warmup.train_step(model, processor, records, texts, optimizer, micro_batch=12)
+    return model.eval(), processor
+
+
+@pytest.fixture
+def models(warm):
+    torch.manual_seed(0)
+    policy = copy.deepcopy(warm[0])
+    return ppo.Models(policy, copy.deepcopy(policy).requires_grad_(False), ppo.ValueHead(128), warm[1])
+
+
+@pytest.fixture
+def args():
+    flags = "--updates 10 --batch-size 4 --micro-batch 5 --lr 1e-4 --kl-coef 0.05 --max-new-tokens 70 --minibatches 1 --epochs 1"
+    return ppo.parse_args(flags.split())
+
+
+def judge_all_right(roll):
+    return [(np.ones(len(steps), bool), np.ones(len(steps))) for steps in roll.steps]
+
+
+def make_optimizer(models, args):
+    groups = [{"params": list(models.policy.parameters())}, {"params": list(models.value_head.parameters()), "lr": 1e-3}]
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([[0.0, 1.0, 2.0, 0.0]]), torch.tensor([[0.5, 1.0, -1.0, 9.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    advantages, returns = ppo.gae(rewards, values, mask, discount=0.5, lam=0.5)
+    # delta = 0 + .5 * 1 - .5 = 0;  1 + .5 * -1 - 1 = -.5;  2 + 0 - -1 = 3;  A_2 = 3, A_1 = -.5 + .25 * 3, A_0 = .25 A_1
+    assert advantages.tolist() == [[0.0625, 0.25, 3.0, 0.0]]
+    assert returns.tolist() == [[0.5625, 1.25, 2.0, 0.0]]
+
+
+def test_gae_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 5, 9, generator=generator)
+    lengths, discount, lam = [9, 1, 4, 7, 2], 0.97, 0.9
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    advantages, returns = ppo.gae(rewards, values, mask, discount, lam)
+    for row, n in enumerate(lengths):
+        r, v = rewards[row].tolist(), [*values[row, :n].tolist(), 0.0]
+        for t in range(9):
+            a = sum((discount * lam) ** (k - t) * (r[k] + discount * v[k + 1] - v[k]) for k in range(t, n))
+            assert float(advantages[row, t]) == pytest.approx(a, abs=1e-5)
+            assert float(returns[row, t]) == pytest.approx(a + v[t] if t < n else 0.0, abs=1e-5)
+    garbage = torch.where(mask, rewards, 1e6), torch.where(mask, values, -1e6)
+    assert torch.equal(ppo.gae(*garbage, mask, discount, lam)[0], advantages)
+
+
+def test_losses_against_a_loop():
+    new, old, advantages = (torch.randn(40, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    loss, diagnostics = ppo.policy_loss(new, old, advantages, 0.2)
+    for i in range(40):
+        ratio = np.exp(float(new[i]) - float(old[i]))
+        expected = -min(ratio * float(advantages[i]), min(max(ratio, 0.8), 1.2) * float(advantages[i]))
+        assert float(loss[i]) == pytest.approx(expected, rel=1e-4)
+        assert float(diagnostics["clipfrac"][i]) == (abs(ratio - 1) > 0.2)
+        assert float(diagnostics["approx_kl"][i]) == pytest.approx(ratio - 1 - np.log(ratio), abs=1e-4)
+    value = ppo.value_loss(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 2.0]), 0.2)
+    assert value.tolist() == pytest.approx([0.5 * 1.8**2, 0.5])  # the first is clipped to 0.2
+
+
+def fake_rollout(texts):
+    """A rollout around given responses, one token a character and an end-of-sequence token."""
+    generations = [c.Generation([5] * len(t) + [2], t, [(i, i + 1) for i in range(len(t))] + [(len(t),) * 2], None, None) for t in texts]
+    width = max(len(g.ids) for g in generations)
+    mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
+    zeros = torch.zeros(mask.shape)
+    return ppo.Rollout([{}] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros)
+
+
+def test_rewards(args):
+    texts = [
+        "It is red, and I trust this is correct. It is a car. I'm unsure about this.",  # levels 4, 1
+        "It is red. It is a car, with total certainty.",  # none, level 5
+        "",
+    ]
+    roll = fake_rollout(texts)
+    judged = [(np.array([1, 0]), np.array([0.5, 0.0])), (np.array([1, 0]), np.array([1.0, 0.25])), (np.array([]), np.array([]))]
+    args.alpha, args.beta, args.gamma = 2.0, 3.0, 5.0
+    scores, parts = ppo.rewards(roll, lambda _: judged, args)
+    ec = [1 - 2 * 0.25**2, 1.0]  # eq. 11
+    cs = [1 - 2 * 0.25**2, 1.0]  # eq. 12
+    assert parts["r_ka"].tolist() == pytest.approx([0.5, 0.5, 0.0])  # eq. 10
+    assert parts["r_ec"].tolist() == pytest.approx([sum(ec) / 2, (-1 - 1) / 2, -1])
+    assert parts["r_cs"].tolist() == pytest.approx([sum(cs) / 2, (-1 + 1 - 2 * 0.75**2) / 2, -1])
+    total = 2 * parts["r_ka"] + 3 * parts["r_ec"] + 5 * parts["r_cs"]  # eq. 13
+    assert torch.allclose(scores.sum(1), total)
+    placed = {texts[0].index(" a") + 3: 0.0, texts[0].index("red") + 2: 2 * 0.5, texts[0].index("correct.") + 7: (3 * ec[0] + 5 * cs[0]) / 2}
+    for position, value in placed.items():
+        assert float(scores[0, position]) == pytest.approx(value)
+    assert not scores[~roll.mask].any()
+    args.reward_placement = "end"
+    ends, same = ppo.rewards(roll, lambda _: judged, args)
+    assert all(torch.equal(same[name], parts[name]) for name in parts)
+    for row, generation in enumerate(roll.generations):
+        last = len(generation.ids) - 1
+        assert float(ends[row, last]) == pytest.approx(float(total[row]))
+        assert not ends[row, :last].any() and not ends[row, last + 1 :].any()
+
+
+def test_first_epoch_is_on_policy(models, records, args):
+    roll = ppo.rollout(models, records[:4], args, seed=3)
+    assert len(roll.records) == 12 and roll.records[0] == roll.records[2] != roll.records[3]
+    assert torch.allclose(roll.logprob, roll.ref_logprob, atol=1e-5)  # the policy is still the warm-up policy: KL = 0
+    for row, generation in enumerate(roll.generations):  # the update's forward pass gives what was sampled from
+        assert torch.allclose(roll.logprob[row][roll.mask[row]], generation.logprob, atol=1e-4)
+    stats = ppo.update(models, make_optimizer(models, args), roll, torch.randn(roll.mask.shape), roll.value, args, seed=0)
+    assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0.0  # ratio = 1
+
+
+def test_statement_tokens(models, records, args):
+    roll = ppo.rollout(models, records[:2], args, seed=5)
+    statements = 0
+    for row, (generation, steps) in enumerate(zip(roll.generations, roll.steps, strict=True)):
+        marked = "".join(generation.text[a:b] for (a, b), m in zip(generation.offsets, roll.statement[row].tolist(), strict=False) if m)
+        assert all(step.statement in marked for step in steps if step.statement)
+        statements += sum(step.statement is not None for step in steps)
+    assert statements > 10
+
+
+def test_update_does_not_depend_on_padding_or_micro_batches(models, records, args):
+    roll = ppo.rollout(models, records[:4], args, seed=4)
+    advantages = torch.randn(roll.mask.shape, generator=torch.Generator().manual_seed(0))
+    trained = []
+    for micro_batch, garbage in ((12, False), (5, False), (12, True)):
+        twin = ppo.Models(copy.deepcopy(models.policy), None, copy.deepcopy(models.value_head), models.processor)
+        other = copy.copy(roll)
+        if garbage:
+            fill = lambda x: torch.where(roll.mask, x, 1e3)  # noqa: E731
+            other.logprob, other.value, given = fill(roll.logprob), fill(roll.value), fill(advantages)
+        args.micro_batch = micro_batch
+        optimizer = torch.optim.SGD([*twin.policy.parameters(), *twin.value_head.parameters()], lr=0.1)
+        ppo.update(twin, optimizer, other, given if garbage else advantages, roll.value + 1, args, seed=0)
+        trained.append(torch.cat([p.detach().flatten() for p in (*twin.policy.parameters(), *twin.value_head.parameters())]))
+    assert (trained[0] - torch.cat([p.flatten() for p in (*models.policy.parameters(), *models.value_head.parameters())])).abs().max() > 1e-3
+    assert torch.allclose(trained[0], trained[1], atol=1e-5) and torch.allclose(trained[0], trained[2], atol=1e-6)
+
+
+def test_a_planted_reward_is_learned(models, records, args):
+    """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
+    args.batch_size, args.micro_batch, args.lr, args.epochs, args.lam = 12, 36, 3e-4, 2, 0.95
+    optimizer = make_optimizer(models, args)
+    history = [ppo.train_update(models, optimizer, records, judge_all_right, args, step) for step in range(14)]
+    shares = [h["levels"]["5"] / max(1, sum(h["levels"].values())) for h in history]
+    assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
+    assert np.mean([h["r_ec"] for h in history[-3:]]) > np.mean([h["r_ec"] for h in history[:3]]) + 0.2
+    assert history[-1]["kl"] > history[0]["kl"] >= 0

@@ -1,0 +1,235 @@
+"""The shipped scripts, each on a tiny setting, as a user runs them."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common as c
+import estimate
+import evaluate
+import ppo
+import warmup
+
+ROOT = Path(__file__).parents[1]
+PPO = ["--updates", "2", "--batch-size", "3", "--save-every", "1", "--max-new-tokens", "60"]
+
+
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+    """estimate, warmup, ppo and evaluate one after the other, on 24 questions."""
+    folder = tmp_path_factory.mktemp("runs")
+    out = {name: str(folder / name) for name in ("estimate", "warmup", "ppo", "results")}
+    estimate.main(["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", out["estimate"]])
+    warmup.main(["--estimate", out["estimate"], "--epochs", "3", "--batch-size", "8", "--out", out["warmup"]])
+    ppo.main(["--ckpt", out["warmup"], "--out", out["ppo"], *PPO])
+    evaluate.main(["--ckpt", out["ppo"], "--limit", "12", "--max-new-tokens", "60", "--out", out["results"]])
+    return {name: Path(path) for name, path in out.items()}
+
+
+def test_estimate(runs):
+    lines, confidence = c.read_jsonl(runs["estimate"] / "responses.jsonl"), c.read_json(runs["estimate"] / "confidence.json")
+    assert len(lines) == 24 and not (runs["estimate"] / "partial.jsonl").exists()
+    assert set(lines[0]) == {"id", "image", "question", "answer", "choices", "reference", "response", "sentences"}
+    sentences = [s for line in lines for s in line["sentences"]]
+    names = {"text", "start", "end", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
+    assert len(sentences) > 24 and all(set(s) == names for s in sentences)
+    for line in lines:
+        reference = line["reference"]["image"] + line["reference"]["reasoning"]
+        for s in line["sentences"]:
+            assert line["response"][s["start"] : s["end"]] == s["text"].rstrip(".!? ") and s["correct"] == (s["text"] in reference)
+            assert s["lnlp"] >= 1 and s["mte"] >= 0 and s["tokensar"] >= 0 and 0 <= s["clip"] <= 1 and 0 <= s["u"] <= 1
+    u = np.array([s["u"] for s in sentences])
+    assert [confidence["mean"], confidence["std"]] == pytest.approx([u.mean(), u.std()])
+    for name, low, high in zip(c.ESTIMATORS, confidence["min"], confidence["max"], strict=True):
+        values = [s[name] for s in sentences]
+        assert (low, high) == (min(values), max(values))
+    assert all(s["level"] == 5 - sum(s["u"] > e for e in confidence["edges"]) for s in sentences)
+    assert (runs["estimate"] / "confidence.png").stat().st_size > 5000
+    config = c.read_json(runs["estimate"] / "config.json")
+    assert config["args"]["limit"] == 24 and config["args"]["temperature"] == 0.1 and config["versions"]["torch"]
+
+
+def test_interrupted_estimate_continues(runs, cache, tmp_path):
+    args = ["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", str(tmp_path / "e")]
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, original=estimate.respond):
+        if calls.append(0) or len(calls) > 2:
+            raise Stop
+        return original(*_)
+
+    calls, original = [], estimate.respond
+    estimate.respond = stop
+    try:
+        with pytest.raises(Stop):
+            estimate.main(args)
+    finally:
+        estimate.respond = original
+    with open(tmp_path / "e" / "partial.jsonl", "a") as file:
+        file.write('{"id": "cut sho')  # as a killed process leaves it
+    estimate.main(args)
+    assert (tmp_path / "e" / "responses.jsonl").read_text() == (runs["estimate"] / "responses.jsonl").read_text()
+
+
+def test_warmup(runs):
+    folder = runs["warmup"]
+    lines, sft = c.read_jsonl(runs["estimate"] / "responses.jsonl"), c.read_jsonl(folder / "sft.jsonl")
+    assert (folder / "confidence.json").read_text() == (runs["estimate"] / "confidence.json").read_text()
+    lines = {line["id"]: line for line in lines}
+    for row in sft:
+        steps, sentences = c.parse([row["text"]])[0], lines[row["id"]]["sentences"]
+        assert len(steps) == len(sentences) and all(step.level for step in steps)
+    log = c.read_jsonl(folder / "log.jsonl")
+    assert [r["step"] for r in log] == list(range(9)) and log[-1]["loss"] < log[0]["loss"]
+    config = c.read_json(folder / "config.json")
+    assert config["stage"] == "warmup" and config["model_type"] == "llava"  # our keys and transformers' own in one file
+    assert (folder / "model.safetensors").exists() and (folder / "training.png").exists()
+
+
+def test_statements_follow_the_levels():
+    line = {"sentences": [{"text": f"Sentence {i} is here.", "level": 1 + i % 5} for i in range(50)]}
+    pool = c.load_statements()
+    levels = [s.level for s in c.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=0.0)])[0]]
+    assert levels == [s["level"] for s in line["sentences"]]
+    mixed = [s.level for s in c.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=1.0)])[0]]
+    assert set(mixed) == {1, 2, 3, 4, 5} and 0.05 < np.mean(np.array(mixed) == levels) < 0.5
+    numbers = warmup.add_statements(line, np.random.default_rng(0), c.NUMERIC_STATEMENTS, explore=0.0)
+    assert numbers.startswith("Sentence 0 is here, with confidence 1 of 5. Sentence 1")
+
+
+def test_which_tokens_carry_loss(base, records):
+    """Exactly the tokens of the response and its end: not the prompt, the image or the padding."""
+    model, processor = base
+    texts = ["The left digit is 3.", "The left digit is 3, and I trust this is correct."]
+    batch = c.collate(processor, records[:2], c.response_ids(processor, texts))
+    for row, text in enumerate(texts):
+        carried = batch.responses[row][batch.mask[row]].tolist()
+        assert processor.tokenizer.decode(carried) == text + processor.tokenizer.eos_token
+        kept = batch.inputs["input_ids"][row, batch.start :][batch.mask[row]].tolist()
+        assert kept == carried and processor.image_token_id not in carried
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        picked = logits.gather(-1, batch.responses[..., None]).squeeze(-1)
+        expected = -picked[batch.mask].mean()
+        assert float(c.sft_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ppo(runs):
+    log = c.read_jsonl(runs["ppo"] / "log.jsonl")
+    keys = {"reward", "r_ka", "r_ec", "r_cs", "kl", "entropy", "policy_loss", "value_loss", "clipfrac", "approx_kl", "grad_norm"}
+    keys |= {"explained_variance", "response_length", "levels", "seconds_rollout", "seconds_reward", "seconds_update"}
+    assert len(log) == 2 and keys <= set(log[0])
+    assert all(math.isfinite(v) for row in log for v in row.values() if isinstance(v, float))
+    for row in log:
+        assert row["reward"] == pytest.approx(row["r_ka"] + row["r_ec"] + row["r_cs"], abs=1e-4)
+    for name in ("model.safetensors", "value_head.safetensors", "confidence.json", "training.png", "trainer_state.pt"):
+        assert (runs["ppo"] / name).exists()
+
+
+def test_interrupted_ppo_equals_uninterrupted(runs, tmp_path, monkeypatch):
+    args = ["--ckpt", str(runs["warmup"]), "--out", str(tmp_path / "p"), *PPO]
+    original, calls = ppo.train_update, []
+
+    def stop(*a):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "train_update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main(args)
+    ppo.main(args)
+    twin, whole = ((f / "model.safetensors").read_bytes() for f in (tmp_path / "p", runs["ppo"]))
+    assert twin == whole
+    strip = lambda rows: [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows]  # noqa: E731
+    assert strip(c.read_jsonl(tmp_path / "p" / "log.jsonl")) == strip(c.read_jsonl(runs["ppo"] / "log.jsonl"))
+
+
+def test_evaluate(runs, tmp_path):
+    metrics, predictions = c.read_json(runs["results"] / "metrics.json"), c.read_jsonl(runs["results"] / "predictions.jsonl")
+    assert metrics["n_questions"] == len(predictions) == 12
+    assert metrics["n_sentences"] == sum(len(p["sentences"]) for p in predictions) == sum(metrics["level_histogram"].values())
+    assert metrics["accuracy"] == pytest.approx(np.mean([p["prediction"] == p["answer"] for p in predictions]))
+    assert all("-test-" in p["id"] for p in predictions)
+    for name in ("reliability.png", "report.html", "config.json"):
+        assert (runs["results"] / name).stat().st_size > 500
+    evaluate.main(["--ckpt", str(runs["ppo"]), "--limit", "12", "--max-new-tokens", "60", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "metrics.json").read_bytes() == (runs["results"] / "metrics.json").read_bytes()
+
+
+def test_evaluate_a_base_model(cache, tmp_path):
+    model = c.digits_paths(cache, 0, 1.0)["model"]
+    evaluate.main(["--ckpt", model, "--limit", "6", "--cache", str(cache), "--data", "digits-ood", "--out", str(tmp_path / "b")])
+    metrics = c.read_json(tmp_path / "b" / "metrics.json")
+    assert metrics["coverage"] == 0 and metrics["mece"] is None and metrics["f1"] is not None
+
+
+def test_lora_adapter(runs, tmp_path):
+    """With --lora-rank both stages train and save an adapter of the language model alone, in PEFT's format."""
+    out = {name: str(tmp_path / name) for name in ("w", "p", "r")}
+    warmup.main(["--estimate", str(runs["estimate"]), "--epochs", "1", "--lora-rank", "4", "--out", out["w"]])
+    ppo.main(["--ckpt", out["w"], "--out", out["p"], *PPO])
+    evaluate.main(["--ckpt", out["p"], "--limit", "3", "--max-new-tokens", "40", "--out", out["r"]])
+    from safetensors.torch import load_file
+
+    first, second = (load_file(Path(out[x]) / "adapter_model.safetensors") for x in ("w", "p"))
+    assert set(first) == set(second) and all("language_model" in key for key in first)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert sorted(p.name for p in Path(out["p"]).glob("*.safetensors")) == ["adapter_model.safetensors", "value_head.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("estimate.py", "--limit 0", "--limit must be positive"),
+        ("estimate.py", "--weights 0 0 0 0", "--weights must not be"),
+        ("estimate.py", "--data imagenet", "invalid choice"),
+        ("warmup.py", "--estimate nowhere", "no such folder: nowhere/"),
+        ("warmup.py", "--explore 2 --lr -1", "--lr must be positive; --explore must lie between 0 and 1"),
+        ("ppo.py", "--ckpt tests", "tests/ is not a finished run"),
+        ("ppo.py", "--lam 1.5", "--lam must lie between 0 and 1"),
+        ("evaluate.py", "--ckpt nowhere", "no such folder: nowhere"),
+        ("evaluate.py", "--ckpt tests", "tests holds neither a model nor a run"),
+    ],
+)
+def test_usage_errors(script, flags, message):
+    """One line on stderr and exit code 2, before any weight is loaded."""
+    result = subprocess.run([sys.executable, script, *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1] and not result.stdout
+
+
+def test_another_runs_folder_is_not_touched(runs, cache, capsys):
+    before = (runs["estimate"] / "responses.jsonl").read_text()
+    with pytest.raises(SystemExit) as error:
+        estimate.main(["--limit", "25", "--batch-size", "10", "--cache", str(cache), "--out", str(runs["estimate"])])
+    assert error.value.code == 2 and "other settings" in capsys.readouterr().err
+    estimate.main(["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", str(runs["estimate"])])
+    assert "already holds this run" in capsys.readouterr().out
+    assert (runs["estimate"] / "responses.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("script", ["estimate.py", "warmup.py", "ppo.py", "evaluate.py"])
+def test_help_teaches(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and f"python {script}" in result.stdout and "Choices beyond the paper" in result.stdout
+
+
+def test_no_script_imports_another():
+    scripts = ["estimate", "warmup", "ppo", "evaluate"]
+    for name in scripts:
+        source = (ROOT / f"{name}.py").read_text()
+        assert not any(f"import {other}" in source or f"from {other}" in source for other in scripts)
+
+
+def test_statements_are_valid_json():
+    assert sorted(json.loads((ROOT / "statements.json").read_text())) == ["1", "2", "3", "4", "5"]

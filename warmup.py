@@ -1,0 +1,129 @@
+"""Stage 2: teach the model to state its confidence (sec. 3.1.2 and 3.1.3).
+
+Every sentence of the model's own responses gets a statement drawn at random from the 40 of its internal level, and the model is
+fine-tuned on the result (eq. 9), with loss on the response tokens only.
+
+Reads the folder that estimate.py wrote. Writes to --out: the model (full weights, or a PEFT adapter with --lora-rank), the
+processor, confidence.json (copied), sft.jsonl (the questions and the text of the first epoch), log.jsonl, training.png.
+
+Choices beyond the paper
+ 1. --explore: this share of the statements is drawn from a random level. After a warm-up on the levels alone the policy says the
+    same level for sure wherever the internal confidence does not vary, PPO samples no other, and so cannot learn there.
+ 2. Statements are drawn anew every epoch.
+ 3. Linear decay after the warm-up of the learning rate; no weight decay.
+
+    python warmup.py                                  # reads estimate/, writes warmup/
+    python warmup.py --no-statements                  # the ablation w/o S-S Mapping: "with confidence 4 of 5."
+    python warmup.py --explore 0                      # the paper's data, without exploration
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common as c
+
+# What is left out on the command line: (digits, real models as in App. B)
+DEFAULTS = {"lr": (1e-3, 1e-4), "batch_size": (64, 16), "epochs": (6, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--estimate", default="estimate", help="folder that estimate.py wrote (default: %(default)s/)")
+    data.add_argument("--no-statements", action="store_true", help="write the numeric level instead of a statement")
+    data.add_argument("--explore", type=float, default=0.25, help="share of statements from a random level (default: 0.25)")
+    training = parser.add_argument_group("training (defaults: digits / other data)")
+    training.add_argument("--epochs", type=int, help="passes over the responses (6 / 1)")
+    training.add_argument("--batch-size", type=int, help="responses an optimizer step (64 / 16)")
+    training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
+    training.add_argument("--lr", type=float, help="peak learning rate of AdamW (1e-3 / 1e-4)")
+    training.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps with rising learning rate (0.1)")
+    training.add_argument("--lora-rank", type=int, help="rank of the LoRA adapter; 0 trains all weights (0 / 16)")
+    training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
+    c.add_run_arguments(parser.add_argument_group("run"), out="warmup")
+    args = parser.parse_args(argv)
+    problems = c.positive(args, "epochs", "batch_size", "micro_batch", "lr", "save_every")
+    if not 0 <= args.explore <= 1:
+        problems.append("--explore must lie between 0 and 1")
+    c.usage_error(*problems)
+    return args
+
+
+def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
+    """The response of one line of responses.jsonl with a statement of its level (or, to explore, of any) after each sentence."""
+    levels = [int(rng.integers(1, 6)) if rng.random() < explore else s["level"] for s in line["sentences"]]
+    return c.insert([s["text"] for s in line["sentences"]], levels, rng, pool)
+
+
+def train_step(model, processor, records: list[dict], texts: list[str], optimizer, micro_batch: int) -> float:
+    """One optimizer step; the loss is normalised by the tokens of the whole batch, so that micro-batches change nothing."""
+    ids = c.response_ids(processor, texts)
+    total, loss_sum = sum(map(len, ids)), 0.0
+    optimizer.zero_grad()
+    for i in range(0, len(records), micro_batch):
+        batch = c.collate(processor, records[i : i + micro_batch], ids[i : i + micro_batch], model.device)
+        loss = c.sft_loss(model, batch) * batch.mask.sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss_sum
+
+
+def plot(log: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
+    axis.plot([r["step"] for r in log], [r["loss"] for r in log], linewidth=1)
+    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="warm-up")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    setup = c.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
+    c.fill_defaults(args, DEFAULTS, setup)
+    out, folder = Path(args.out), Path(args.estimate)
+    if c.start_run("warmup", args, "done", setup):
+        return
+    lines = [line for line in c.read_jsonl(folder / "responses.jsonl") if line["sentences"]]
+    pool = c.NUMERIC_STATEMENTS if args.no_statements else c.load_statements()
+    shutil.copy(folder / "confidence.json", out)
+    first = [add_statements(x, np.random.default_rng([args.seed, 0, i]), pool, args.explore) for i, x in enumerate(lines)]
+    keep = ("id", "image", "question", "answer", "choices", "reference")
+    c.write_jsonl(out / "sft.jsonl", [{k: x[k] for k in keep} | {"text": text} for x, text in zip(lines, first, strict=True)])
+    torch.manual_seed(args.seed)
+    model, processor = c.load_model(setup["model"], args, lora_rank=args.lora_rank, trainable=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    per_epoch = -(-len(lines) // args.batch_size)
+    steps = args.epochs * per_epoch
+    start = c.load_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer)
+    bar = tqdm(range(start, steps), desc="warm-up", initial=start, total=steps)
+    for step in bar:
+        began, (epoch, position) = time.time(), divmod(step, per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(lines))
+        rows = order[position * args.batch_size : (position + 1) * args.batch_size]
+        texts = [add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore) for i in rows]
+        c.warmup_then_linear(optimizer, step, steps, [args.lr], args.warmup_ratio)
+        loss = train_step(model, processor, [lines[i] for i in rows], texts, optimizer, args.micro_batch)
+        c.append_jsonl(out / "log.jsonl", [{"step": step, "loss": loss, "seconds": round(time.time() - began, 3)}])
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if (step + 1) % args.save_every == 0:
+            c.save_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer, step + 1)
+    c.save_model(model, processor, out)
+    plot(c.read_jsonl(out / "log.jsonl"), out / "training.png")
+    c.save_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer, steps)
+    (out / "done").touch()
+
+
+if __name__ == "__main__":
+    main()
