@@ -24,7 +24,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -177,7 +176,7 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_noise(rng: np.random.Generator) -> float:
     """Standard deviation of one digit's noise."""
-    return float(rng.choice([0.15, 0.7, 2.5], p=[0.68, 0.22, 0.10]))
+    return float(rng.choice([0.15, 0.45, 2.5], p=[0.64, 0.08, 0.28]))
 
 
 def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
@@ -563,9 +562,9 @@ def response_hidden(model, batch: Batch) -> Tensor:
 def response_statistics(model, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token, (B, T) each, 0 outside the mask. Only response tokens meet the head."""
     logits = model.get_output_embeddings()(hidden[batch.mask])  # (tokens, V)
-    logprob, entropy = hidden.new_zeros(batch.mask.shape, dtype=torch.float32), hidden.new_zeros(batch.mask.shape, dtype=torch.float32)
-    statistics = token_statistics(logits, batch.responses[batch.mask])
-    return logprob.masked_scatter(batch.mask, statistics[0]), entropy.masked_scatter(batch.mask, statistics[1])
+    zeros = torch.zeros(batch.mask.shape, device=hidden.device)
+    logprob, entropy = token_statistics(logits, batch.responses[batch.mask])
+    return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, entropy)
 
 
 def sft_loss(model, batch: Batch) -> Tensor:
@@ -632,7 +631,9 @@ def generate(model, processor, records: Sequence[dict], temperature: float, max_
     tokenizer = processor.tokenizer
     batch = collate(processor, records, device=model.device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling
     )
@@ -648,7 +649,7 @@ def generate(model, processor, records: Sequence[dict], temperature: float, max_
     return generations
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _piece(tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=True)
 
@@ -713,7 +714,7 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def layers(self, texts: Sequence[str], layers: Sequence[int]) -> list[np.ndarray]:
-        """Unit vectors (n, d) of texts for each of the encoder's layers: mean hidden states, 0 the word embeddings, -1 the sentence."""
+        """Unit vectors (n, d) of texts for each layer: mean hidden states, 0 the word embeddings, -1 the sentence."""
         batch = self.model.tokenizer([f"{t}." for t in texts], padding=True, truncation=True, return_tensors="pt").to(self.device)
         hidden = self.model[0].auto_model(**batch, output_hidden_states=True).hidden_states
         mask = batch["attention_mask"].unsqueeze(-1)  # (n, L, 1)
@@ -725,7 +726,7 @@ class SentenceEncoder:
         if new:
             vectors = self.model.encode(new, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
             self.cache.update(zip(new, vectors, strict=True))
-        return np.stack([self.cache[t] for t in texts])
+        return np.stack([self.cache[t] for t in texts]) if texts else np.zeros((0, 0), np.float32)
 
 
 @functools.cache
@@ -733,12 +734,13 @@ def default_encoder() -> SentenceEncoder:
     return SentenceEncoder()
 
 
-def token_relevance(question: str, sentence: str, pieces: Sequence[tuple[int, int]], encoder: SentenceEncoder) -> np.ndarray:
-    """R_T of eq. 5: 1 - g(x + y, x + y without the token), g the cosine of embeddings.
+def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
+    """x + y, then x + y without each of the L tokens; pieces: characters [start, end) of `sentence` of each token."""
+    return [f"{question} {sentence}"] + [f"{question} {sentence[:a]}{sentence[b:]}" for a, b in pieces]
 
-    pieces: characters [start, end) of `sentence` of each of its L tokens -> relevance (L,).
-    """
-    texts = [f"{question} {sentence}"] + [f"{question} {sentence[:a]}{sentence[b:]}" for a, b in pieces]
+
+def token_relevance(texts: Sequence[str], encoder: SentenceEncoder) -> np.ndarray:
+    """R_T of eq. 5 (L,): 1 - g(x + y, x + y without the token), g the cosine of embeddings, of `without_each_token`'s texts."""
     vectors = encoder(texts)
     return 1 - vectors[1:] @ vectors[0]
 
@@ -791,24 +793,27 @@ def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> lis
 
 
 def uncertainties(
-    records: Sequence[dict], generations: Sequence[Generation], steps: Sequence[Sequence[Step]], clip: ClipScorer, encoder: SentenceEncoder
+    records: Sequence[dict], generations: Sequence[Generation], steps: Sequence[list[Step]],
+    clip: ClipScorer, encoder: SentenceEncoder,
 ) -> list[np.ndarray]:
     """The four raw uncertainties of every sentence: one array (sentences, 4) a response, columns as ESTIMATORS."""
-    cosine = iter(clip([r["image"] for r, s in zip(records, steps, strict=True) for _ in s], [z.text for s in steps for z in s]))
-    table = []
-    for record, generation, sentence_steps in zip(records, generations, steps, strict=True):
-        rows = []
-        for step in sentence_steps:
-            tokens = step_tokens(generation.offsets, step.start, step.end)
-            logprob, entropy = generation.logprob[tokens], generation.entropy[tokens]
-            spans = [generation.offsets[i] for i in tokens]
-            pieces = [(max(a, step.start) - step.start, min(b, step.end) - step.start) for a, b in spans]
-            relevance = token_relevance(record["question"], step.text, pieces, encoder)
-            u_clip = 1 - max(float(next(cosine)), 0.0)  # eq. 6, as an uncertainty
-            u_sar = token_sar(logprob, torch.from_numpy(relevance))
-            rows.append([float(length_normalized_logprob(logprob)), float(mean_token_entropy(entropy)), float(u_sar), u_clip])
-        table.append(np.array(rows, dtype=np.float64).reshape(-1, len(ESTIMATORS)))
-    return table
+    pairs = [(r, g, step) for r, g, s in zip(records, generations, steps, strict=True) for step in s]
+    cosines = clip([r["image"] for r, _, _ in pairs], [step.text for _, _, step in pairs])
+    tokens = [step_tokens(g.offsets, step.start, step.end) for _, g, step in pairs]
+    texts = []
+    for (record, generation, step), positions in zip(pairs, tokens, strict=True):
+        spans = [generation.offsets[i] for i in positions]
+        pieces = [(max(a, step.start) - step.start, min(b, step.end) - step.start) for a, b in spans]
+        texts.append(without_each_token(record["question"], step.text, pieces))
+    encoder([t for group in texts for t in group])  # all of the batch in one go; looked up below
+    rows = []
+    for (_, generation, _), positions, group, cosine in zip(pairs, tokens, texts, cosines, strict=True):
+        logprob, entropy = generation.logprob[positions], generation.entropy[positions]
+        u_sar = token_sar(logprob, torch.from_numpy(token_relevance(group, encoder)))
+        u_clip = 1 - max(float(cosine), 0.0)  # eq. 6, as an uncertainty
+        rows.append([float(length_normalized_logprob(logprob)), float(mean_token_entropy(entropy)), float(u_sar), u_clip])
+    table = np.array(rows, dtype=np.float64).reshape(-1, len(ESTIMATORS))
+    return np.split(table, np.cumsum([len(s) for s in steps])[:-1])
 
 
 def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
@@ -909,22 +914,21 @@ def parse(texts: Sequence[str], statements: bool = True) -> list[list[Step]]:
     spans = [[(a, b) for a, b in split_sentences(t) if re.search(r"\w", t[a:b])] for t in texts]
     if not statements:
         return [[_bare_step(t, a, b) for a, b in s] for t, s in zip(texts, spans, strict=True)]
-    wholes = [t[a:b] for t, s in zip(texts, spans, strict=True) for a, b in s]
-    wordings = [*wholes, *(w.rpartition(", ")[2] for w in wholes)]
-    level_of = dict(zip(wordings, statement_levels(wordings), strict=True))  # all texts in one go
+    tails = [t[a:b].rpartition(", ")[2] for t, s in zip(texts, spans, strict=True) for a, b in s]
+    statement_levels([tail for tail in tails if _plain(tail) not in _known_statements()])  # all texts in one go; looked up below
     parsed = []
     for text, sentences in zip(texts, spans, strict=True):
         steps: list[Step] = []
         for start, end in sentences:
-            whole = text[start:end]
-            commas = [m.start() for m in re.finditer(", ", whole) if re.search(r"\w", whole[: m.start()])]
-            cuts = [(i, _known_statements().get(_plain(whole[i + 2 :]))) for i in commas]
-            if commas:
-                cuts.append((commas[-1], level_of[whole.rpartition(", ")[2]]))
-            own_sentence = _known_statements().get(_plain(whole)) or (level_of[whole] if not any(level for _, level in cuts) else None)
-            cut, level = next(((i, level) for i, level in cuts if level), (None, None))
-            if own_sentence and steps and steps[-1].level is None:  # a statement of the sentence before
-                steps[-1].statement, steps[-1].level, steps[-1].stop = whole, own_sentence, end
+            whole, cut, level = text[start:end], None, None
+            for comma in (m.start() for m in re.finditer(", ", whole) if re.search(r"\w", whole[: m.start()])):
+                if level is None and (level := _known_statements().get(_plain(whole[comma + 2 :]))):
+                    cut = comma
+            if level is None and ", " in whole and re.search(r"\w", whole.rpartition(", ")[0]):
+                cut, level = whole.rindex(", "), statement_levels([whole.rpartition(", ")[2]])[0]
+            may_follow = bool(steps) and steps[-1].level is None  # the sentence before has no statement yet
+            if may_follow and (_plain(whole) in _known_statements() or level is None) and (own := statement_levels([whole])[0]):
+                steps[-1].statement, steps[-1].level, steps[-1].stop = whole, own, end
             elif level:
                 steps.append(Step(whole[:cut] + ".", start, start + cut, end, whole[cut + 2 :], level))
             else:

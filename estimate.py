@@ -98,7 +98,8 @@ def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     sentences = [s for line in lines for s in line["sentences"]]
-    part = np.array(["reasoning" if i >= len(x["reference"]["image"]) else "image" for x in lines for i in range(len(x["sentences"]))])
+    parts = ["image" if i < len(x["reference"]["image"]) else "reasoning" for x in lines for i in range(len(x["sentences"]))]
+    part = np.array(parts)
     wrong = np.array([not s["correct"] for s in sentences])
     print(f"\n{len(lines)} questions, {len(sentences)} sentences, {1 - wrong.mean():.3f} of them correct")
     print("AUROC (wrong against right)      all   image  reasoning")
@@ -118,7 +119,8 @@ def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
     axis.hist([u[~wrong], u[wrong]], bins=50, stacked=True, color=["#4477aa", "#ee6677"], label=["right", "wrong"])
     for edge in confidence["edges"]:
         axis.axvline(edge, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="$U_{Final}$ (0 = certain); dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences", yscale="log", xlim=(0, 1))
+    axis.set(xlabel="$U_{Final}$ (0 = certain); dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences")
+    axis.set(yscale="log", xlim=(0, 1))
     axis.legend()
     figure.savefig(path, dpi=120)
 

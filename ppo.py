@@ -45,8 +45,8 @@ import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
-    "updates": (100, 200), "batch_size": (64, 16), "lr": (5e-5, 1e-5), "kl_coef": (0.05, 0.05), "micro_batch": (192, 4),
-    "max_new_tokens": (80, 256),
+    "updates": (100, 200), "batch_size": (64, 16), "lr": (5e-5, 1e-5), "kl_coef": (0.05, 0.05), "micro_batch": (48, 4),
+    "max_new_tokens": (72, 256),
 }  # fmt: skip
 
 
@@ -63,12 +63,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rollout.add_argument("--updates", type=int, help="number of rollouts and updates (100 / 200)")
     rollout.add_argument("--batch-size", type=int, help="questions a rollout (64 / 16)")
     rollout.add_argument("--samples", type=int, default=3, help="N, responses a question (default: 3, App. B)")
-    rollout.add_argument("--max-new-tokens", type=int, help="longest response (80 / 256)")
+    rollout.add_argument("--max-new-tokens", type=int, help="longest response (72 / 256)")
     rollout.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
     update = parser.add_argument_group("update (defaults: digits / other data)")
     update.add_argument("--epochs", type=int, default=2, help="passes over a rollout (default: 2)")
     update.add_argument("--minibatches", type=int, default=2, help="optimizer steps an epoch (default: 2)")
-    update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (192 / 4)")
+    update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (48 / 4)")
     update.add_argument("--lr", type=float, help="learning rate of the policy (5e-5 / 1e-5)")
     update.add_argument("--value-lr", type=float, default=1e-3, help="learning rate of the value head (default: 1e-3)")
     update.add_argument("--value-updates", type=int, default=3, help="first updates that train the value head alone (3)")
@@ -237,7 +237,7 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: fl
     return 0.5 * torch.max((value - returns) ** 2, (clipped - returns) ** 2)
 
 
-def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, returns: Tensor, args, seed: int, policy: bool = True) -> dict:
+def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, returns: Tensor, args, seed: int, policy=True) -> dict:
     """args.epochs passes of args.minibatches optimizer steps -> means over all tokens of all steps.
 
     policy=False trains the value head alone. Losses are normalised by the tokens of the minibatch, whatever the micro-batch.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
-DEFAULTS = {"lr": (1e-3, 1e-4), "batch_size": (64, 16), "epochs": (6, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
+DEFAULTS = {"lr": (1e-3, 1e-4), "batch_size": (64, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--no-statements", action="store_true", help="write the numeric level instead of a statement")
     data.add_argument("--explore", type=float, default=0.25, help="share of statements from a random level (default: 0.25)")
     training = parser.add_argument_group("training (defaults: digits / other data)")
-    training.add_argument("--epochs", type=int, help="passes over the responses (6 / 1)")
+    training.add_argument("--epochs", type=int, help="passes over the responses (4 / 1)")
     training.add_argument("--batch-size", type=int, help="responses an optimizer step (64 / 16)")
     training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
     training.add_argument("--lr", type=float, help="peak learning rate of AdamW (1e-3 / 1e-4)")

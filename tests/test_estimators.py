@@ -55,7 +55,12 @@ def test_mean_token_entropy():
 
 @pytest.mark.parametrize(
     ("relevance", "weights"),
-    [([0.2, 0.6, 0.2], [0.2, 0.6, 0.2]), ([1.0, -3.0, 3.0], [0.25, 0.0, 0.75]), ([0.0, 0.0, 0.0], [1 / 3] * 3), ([-1.0, -2.0, 0.0], [1 / 3] * 3)],
+    [
+        ([0.2, 0.6, 0.2], [0.2, 0.6, 0.2]),
+        ([1.0, -3.0, 3.0], [0.25, 0.0, 0.75]),
+        ([0.0, 0.0, 0.0], [1 / 3] * 3),
+        ([-1.0, -2.0, 0.0], [1 / 3] * 3),
+    ],
 )
 def test_token_sar(relevance, weights):
     logprob = [-0.5, -1.5, -4.0]
@@ -77,7 +82,7 @@ def test_token_relevance_is_one_minus_cosine():
     encoder = c.default_encoder()
     question, sentence = "What is the sum?", "3 plus 5 is 8."
     pieces = [(0, 1), (1, 6), (6, 8), (8, 11), (11, 13)]
-    relevance = c.token_relevance(question, sentence, pieces, encoder)
+    relevance = c.token_relevance(c.without_each_token(question, sentence, pieces), encoder)
     for (a, b), value in zip(pieces, relevance, strict=True):
         full, cut = encoder.model.encode([f"{question} {sentence}", f"{question} {sentence[:a] + sentence[b:]}"])
         cosine = np.dot(full, cut) / np.linalg.norm(full) / np.linalg.norm(cut)

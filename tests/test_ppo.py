@@ -87,7 +87,8 @@ def test_losses_against_a_loop():
 
 def fake_rollout(texts):
     """A rollout around given responses, one token a character and an end-of-sequence token."""
-    generations = [c.Generation([5] * len(t) + [2], t, [(i, i + 1) for i in range(len(t))] + [(len(t),) * 2], None, None) for t in texts]
+    offsets = [[(i, i + 1) for i in range(len(t))] + [(len(t), len(t))] for t in texts]
+    generations = [c.Generation([5] * len(t) + [2], t, o, None, None) for t, o in zip(texts, offsets, strict=True)]
     width = max(len(g.ids) for g in generations)
     mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
     zeros = torch.zeros(mask.shape)
@@ -111,7 +112,7 @@ def test_rewards(args):
     assert parts["r_cs"].tolist() == pytest.approx([sum(cs) / 2, (-1 + 1 - 2 * 0.75**2) / 2, -1])
     total = 2 * parts["r_ka"] + 3 * parts["r_ec"] + 5 * parts["r_cs"]  # eq. 13
     assert torch.allclose(scores.sum(1), total)
-    placed = {texts[0].index(" a") + 3: 0.0, texts[0].index("red") + 2: 2 * 0.5, texts[0].index("correct.") + 7: (3 * ec[0] + 5 * cs[0]) / 2}
+    placed = {texts[0].index("red") + 2: 2 * 0.5, texts[0].index("correct.") + 7: (3 * ec[0] + 5 * cs[0]) / 2, 12: 0.0}
     for position, value in placed.items():
         assert float(scores[0, position]) == pytest.approx(value)
     assert not scores[~roll.mask].any()
@@ -138,10 +139,15 @@ def test_statement_tokens(models, records, args):
     roll = ppo.rollout(models, records[:2], args, seed=5)
     statements = 0
     for row, (generation, steps) in enumerate(zip(roll.generations, roll.steps, strict=True)):
-        marked = "".join(generation.text[a:b] for (a, b), m in zip(generation.offsets, roll.statement[row].tolist(), strict=False) if m)
+        tokens = zip(generation.offsets, roll.statement[row].tolist(), strict=False)
+        marked = "".join(generation.text[a:b] for (a, b), is_statement in tokens if is_statement)
         assert all(step.statement in marked for step in steps if step.statement)
         statements += sum(step.statement is not None for step in steps)
     assert statements > 10
+
+
+def flat(models):
+    return torch.cat([p.detach().flatten() for p in (*models.policy.parameters(), *models.value_head.parameters())])
 
 
 def test_update_does_not_depend_on_padding_or_micro_batches(models, records, args):
@@ -157,8 +163,8 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
         args.micro_batch = micro_batch
         optimizer = torch.optim.SGD([*twin.policy.parameters(), *twin.value_head.parameters()], lr=0.1)
         ppo.update(twin, optimizer, other, given if garbage else advantages, roll.value + 1, args, seed=0)
-        trained.append(torch.cat([p.detach().flatten() for p in (*twin.policy.parameters(), *twin.value_head.parameters())]))
-    assert (trained[0] - torch.cat([p.flatten() for p in (*models.policy.parameters(), *models.value_head.parameters())])).abs().max() > 1e-3
+        trained.append(flat(twin))
+    assert (trained[0] - flat(models)).abs().max() > 1e-3
     assert torch.allclose(trained[0], trained[1], atol=1e-5) and torch.allclose(trained[0], trained[2], atol=1e-6)
 
 
