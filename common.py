@@ -53,6 +53,16 @@ def usage_error(*problems: str) -> None:
         raise SystemExit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring as it stands, and says what is wrong in one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        usage_error(message)
+
+
 def positive(args: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{n.replace('_', '-')} must be positive" for n in names if getattr(args, n) is not None and getattr(args, n) <= 0]
 
@@ -176,7 +186,7 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_noise(rng: np.random.Generator) -> float:
     """Standard deviation of one digit's noise."""
-    return float(rng.choice([0.15, 0.45, 2.5], p=[0.64, 0.08, 0.28]))
+    return float(rng.choice([0.15, 0.45, 2.5], p=[0.68, 0.08, 0.24]))
 
 
 def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
@@ -481,22 +491,24 @@ def save_model(model, processor, folder: str | Path) -> None:
     write_json(path, (read_json(path) if path.exists() else {}) | run)
 
 
-def save_checkpoint(path: Path, modules: dict, optimizer, step: int) -> None:
-    """Trainable weights, optimizer and loop position. Everything random is seeded by the step, so no random state is needed."""
+def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> None:
+    """Trainable weights, optimizers and loop position. Everything random is seeded by the step, so no random state is needed."""
     weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, temporary)
+    states = {name: o.state_dict() for name, o in optimizers.items()}
+    torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, modules: dict, optimizer) -> int:
+def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
     """Restore what `save_checkpoint` wrote -> the next step; 0 where there is no checkpoint."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
     return state["step"]
 
 

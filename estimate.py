@@ -29,7 +29,7 @@ import common as c
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = c.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=["digits"], default="digits", help="data set whose training split is answered")
     data.add_argument("--limit", type=int, default=3000, help="number of questions (default: %(default)s)")

@@ -399,7 +399,7 @@ def write_report(predictions, metrics, path, title, limit=200):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = c.Parser(__doc__)
     parser.add_argument("--ckpt", default="ppo", help="folder of ppo.py, warmup.py or of a base model (default: %(default)s/)")
     parser.add_argument("--data", choices=c.DATASETS, default="digits", help="data set (default: %(default)s)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="tune on validation, report on test")

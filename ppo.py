@@ -19,7 +19,8 @@ Choices beyond the paper
  4. Advantages are divided by their standard deviation, not centred. No dropout anywhere; policy, old policy and reference come from
     the same forward pass.
  5. The value head is a two-layer network on the last hidden state; its gradient stops there, so that a bad value cannot harm the
-    policy, and it trains alone in the first updates.
+    policy. It is fitted on the hidden states of the rollout, some passes an update, without clipping (which slows it down:
+    Andrychowicz et al. 2021), and alone in the first updates, on undiscounted sums of rewards.
  6. The reference is a second, frozen copy of the adapter on the same base weights, or a frozen copy for full fine-tuning.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
 
@@ -38,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,7 +53,7 @@ DEFAULTS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = c.Parser(__doc__)
     parser.add_argument("--ckpt", default="warmup", help="folder that warmup.py wrote (default: %(default)s/)")
     reward = parser.add_argument_group("reward (eq. 13)")
     reward.add_argument("--alpha", type=float, default=1.0, help="weight of R_KA; 0 is the ablation w/o R_KA (default: 1)")
@@ -71,7 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (48 / 4)")
     update.add_argument("--lr", type=float, help="learning rate of the policy (5e-5 / 1e-5)")
     update.add_argument("--value-lr", type=float, default=1e-3, help="learning rate of the value head (default: 1e-3)")
-    update.add_argument("--value-updates", type=int, default=3, help="first updates that train the value head alone (3)")
+    update.add_argument("--value-epochs", type=int, default=8, help="passes of the value head over a rollout (default: 8)")
+    update.add_argument("--value-updates", type=int, default=1, help="first updates that train the value head alone (1)")
     update.add_argument("--clip-range", type=float, default=0.2, help="epsilon of eq. 14 (default: 0.2)")
     update.add_argument("--discount", type=float, default=1.0, help="discount of GAE (default: 1)")
     update.add_argument("--lam", type=float, default=0.95, help="lambda of GAE (default: 0.95)")
@@ -97,7 +100,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.layers(hidden.detach().float()).squeeze(-1)
+        return self.layers(hidden.float()).squeeze(-1)
 
 
 @dataclass
@@ -111,6 +114,7 @@ class Rollout:
     statement: Tensor  # (B, T) bool: tokens of statements
     logprob: Tensor  # (B, T) of the policy that sampled
     ref_logprob: Tensor  # (B, T) of the warm-up policy
+    hidden: Tensor  # (B, T, H) last hidden state before each token
     value: Tensor  # (B, T) V(s) before each token
 
 
@@ -122,11 +126,10 @@ class Models:
     processor: object
 
     def forward(self, records: list[dict], ids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass of the policy -> log-probability, entropy and value of every response token, (B, T) each."""
+        """One pass of the policy -> log-probability (B, T), entropy (B, T) and last hidden state (B, T, H) of response tokens."""
         batch = c.collate(self.processor, records, ids, self.policy.device)
         hidden = c.response_hidden(self.policy, batch)
-        logprob, entropy = c.response_statistics(self.policy, batch, hidden)
-        return logprob, entropy, self.value_head(hidden) * batch.mask
+        return *c.response_statistics(self.policy, batch, hidden), hidden
 
     def ref_logprob(self, records: list[dict], ids: list[list[int]]) -> Tensor:
         batch = c.collate(self.processor, records, ids, self.policy.device)
@@ -151,23 +154,25 @@ def rollout(models: Models, questions: list[dict], args: argparse.Namespace, see
         mask[row, : len(generation.ids)] = True
         for step in sentence_steps:
             statement[row, c.step_tokens(generation.offsets, step.end, step.stop)] = True
-    logprob, ref_logprob, value = torch.zeros(3, B, T)
+    logprob, ref_logprob = torch.zeros(2, B, T)
+    hidden = torch.zeros(B, T, models.policy.get_output_embeddings().in_features)
     for rows in torch.arange(B).split(args.micro_batch):
         part, ids = [records[i] for i in rows], [generations[i].ids for i in rows]
         width = max(map(len, ids))
-        logprob[rows, :width], _, value[rows, :width] = (x.cpu() for x in models.forward(part, ids))
+        logprob[rows, :width], _, hidden[rows, :width] = (x.float().cpu() for x in models.forward(part, ids))
         ref_logprob[rows, :width] = models.ref_logprob(part, ids).cpu()
-    return Rollout(records, generations, steps, mask, statement, logprob, ref_logprob, value)
+    value = models.value_head(hidden.to(models.policy.device)).cpu() * mask
+    return Rollout(records, generations, steps, mask, statement, logprob, ref_logprob, hidden, value)
 
 
-def rewards(roll: Rollout, judge, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
+def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
     """Reward of every token (B, T) without the KL penalty, and R_KA, R_EC, R_CS of every response (B,).
 
-    judge(roll) -> for each response, I(z_t) and IV(z_t) of its T sentences, two arrays.
+    judged: for each response, I(z_t) and IV(z_t) of its T sentences, two arrays.
     """
     scores = torch.zeros(roll.mask.shape)
     parts = {name: torch.zeros(len(roll.records)) for name in ("r_ka", "r_ec", "r_cs")}
-    for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judge(roll), strict=True)):
+    for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         last = len(roll.generations[row].ids) - 1  # the response's last token: end-of-sequence where it came, never padding
         if not steps:
             parts["r_ec"][row] = parts["r_cs"][row] = -1.0
@@ -231,16 +236,28 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_r
     return loss, diagnostics
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Squared error of each token, clipped around the old value; 1-D over tokens."""
-    clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
-    return 0.5 * torch.max((value - returns) ** 2, (clipped - returns) ** 2)
+def value_loss(value: Tensor, returns: Tensor) -> Tensor:
+    """Squared error of each token; 1-D over tokens."""
+    return 0.5 * (value - returns) ** 2
 
 
-def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, returns: Tensor, args, seed: int, policy=True) -> dict:
-    """args.epochs passes of args.minibatches optimizer steps -> means over all tokens of all steps.
+def fit_value(value_head: ValueHead, optimizer, hidden: Tensor, returns: Tensor, epochs: int, seed: int) -> float:
+    """Passes of the value head over the tokens of a rollout, hidden (tokens, H) and returns (tokens,) -> mean loss."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(epochs):
+        for rows in torch.randperm(len(returns), generator=generator).split(1024):
+            optimizer.zero_grad()
+            loss = value_loss(value_head(hidden[rows]), returns[rows]).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return float(np.mean(losses))
 
-    policy=False trains the value head alone. Losses are normalised by the tokens of the minibatch, whatever the micro-batch.
+
+def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, seed: int) -> dict:
+    """args.epochs passes of args.minibatches optimizer steps of the policy -> means over all tokens of all steps.
+
+    Losses are normalised by the tokens of the minibatch, whatever the micro-batch.
     """
     device, sums, norms = models.policy.device, {}, []
     generator = torch.Generator().manual_seed(seed)
@@ -252,53 +269,56 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, returns
             for rows in mb_rows.split(args.micro_batch):
                 records, ids = [roll.records[i] for i in rows], [roll.generations[i].ids for i in rows]
                 width = max(map(len, ids))
-                logprob, entropy, value = models.forward(records, ids)
+                logprob, entropy, _ = models.forward(records, ids)
                 mask, statement = roll.mask[rows, :width].to(device), roll.statement[rows, :width].to(device)
-                old_logprob, adv, ret, old_value = (
-                    x[rows, :width].to(device)[mask] for x in (roll.logprob, advantages, returns, roll.value)
-                )
+                old_logprob, adv = (x[rows, :width].to(device)[mask] for x in (roll.logprob, advantages))
                 pg_loss, token_stats = policy_loss(logprob[mask], old_logprob, adv, args.clip_range)
-                v_loss = value_loss(value[mask], old_value, ret, args.clip_range)
                 bonus = entropy[statement].sum() / statements
-                loss = v_loss.sum() / tokens
-                if policy:
-                    loss = loss + pg_loss.sum() / tokens - args.entropy_coef * bonus
-                loss.backward()
-                token_stats |= {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy[mask]}
+                (pg_loss.sum() / tokens - args.entropy_coef * bonus).backward()
+                token_stats |= {"policy_loss": pg_loss, "entropy": entropy[mask]}
                 for name, values in token_stats.items():
                     sums[name] = sums.get(name, 0.0) + values.detach().sum().item()
                 sums["tokens"] = sums.get("tokens", 0) + int(mask.sum())
-            norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm).item())
+            norms.append(nn.utils.clip_grad_norm_(models.policy.parameters(), args.max_grad_norm).item())
             optimizer.step()
     total = sums.pop("tokens")
     return {name: value / total for name, value in sums.items()} | {"grad_norm": float(np.mean(norms))}
 
 
-def train_update(models: Models, optimizer, questions: list[dict], judge, args, seed: int, policy: bool = True) -> dict:
-    """One round of PPO: rollout, rewards, advantages, update -> a line of log.jsonl."""
+def train_update(models: Models, optimizers: dict, questions: list[dict], judge, args, seed: int, value_only: bool = False) -> dict:
+    """One round of PPO: rollout, rewards, advantages, updates of policy and value head -> a line of log.jsonl."""
     began = time.time()
     roll = rollout(models, questions, args, seed)
     sampled = time.time()
-    scores, parts = rewards(roll, judge, args)
+    judged = judge(roll)
+    scores, parts = rewards(roll, judged, args)
     log_ratio = (roll.logprob - roll.ref_logprob) * roll.mask
-    advantages, returns = gae(scores - args.kl_coef * log_ratio, roll.value, roll.mask, args.discount, args.lam)
+    lam = 1.0 if value_only else args.lam
+    advantages, returns = gae(scores - args.kl_coef * log_ratio, roll.value, roll.mask, args.discount, lam)
     b_advantages, b_returns, b_values = advantages[roll.mask], returns[roll.mask], roll.value[roll.mask]
     scaled = advantages / (b_advantages.std() + 1e-8)
-    judged = time.time()
-    stats = update(models, optimizer, roll, scaled, returns, args, seed, policy)
+    scored = time.time()
+    stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"))
+    if not value_only:
+        stats = update(models, optimizers["policy"], roll, scaled, args, seed)
+    device = models.policy.device
+    hidden, epochs = roll.hidden[roll.mask].to(device), args.value_epochs * (5 if value_only else 1)
+    stats["value_loss"] = fit_value(models.value_head, optimizers["value"], hidden, b_returns.to(device), epochs, seed)
     k3 = ((-log_ratio).exp() - 1 + log_ratio).sum(1).mean()
     levels = [step.level for steps in roll.steps for step in steps]
+    said = [(ok, level) for ok, level in zip(np.concatenate([ok for ok, _ in judged]), levels, strict=True) if level]
     return {
         "reward": scores.sum(1).mean().item(),
         **{name: part.mean().item() for name, part in parts.items()},
+        "auroc": float(roc_auc_score(*zip(*said, strict=True))) if len({ok for ok, _ in said}) == 2 else None,
         "kl": k3.item(),
         **stats,
         "explained_variance": 1 - ((b_returns - b_values).var() / (b_returns.var() + 1e-8)).item(),
         "response_length": roll.mask.sum(1).float().mean().item(),
         "levels": {str(level or "none"): levels.count(level) for level in (1, 2, 3, 4, 5, None)},
         "seconds_rollout": round(sampled - began, 3),
-        "seconds_reward": round(judged - sampled, 3),
-        "seconds_update": round(time.time() - judged, 3),
+        "seconds_reward": round(scored - sampled, 3),
+        "seconds_update": round(time.time() - scored, 3),
     }
 
 
@@ -329,7 +349,7 @@ def plot(log: list[dict], path: Path) -> None:
     for name, label in (("reward", "R"), ("r_ka", "R_KA"), ("r_ec", "R_EC"), ("r_cs", "R_CS")):
         axes[0].plot(x, [r[name] for r in log], label=label)
     for name in ("kl", "entropy", "explained_variance"):
-        axes[1].plot(x, [r[name] for r in log], label=name.replace("_", " "))
+        axes[1].plot(x, [np.nan if r[name] is None else r[name] for r in log], label=name.replace("_", " "))
     shares = np.array([[r["levels"][k] for k in ("1", "2", "3", "4", "5", "none")] for r in log], dtype=float)
     shares /= shares.sum(1, keepdims=True)
     colors = ["#762a83", "#af8dc3", "#cccccc", "#7fbf7b", "#1b7837", "#000000"]
@@ -356,10 +376,12 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(ckpt, args)
     judge = Judge(confidence, c.ClipScorer(setup["clip"], args.device), c.default_encoder(), c.Matcher(setup["matcher"]))
     trained = [p for p in models.policy.parameters() if p.requires_grad]
-    groups = [{"params": trained, "lr": args.lr}, {"params": models.value_head.parameters(), "lr": args.value_lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = {
+        "policy": torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0),
+    }
     modules = {"policy": models.policy, "value_head": models.value_head}
-    start = c.load_checkpoint(out / "trainer_state.pt", modules, optimizer)
+    start = c.load_checkpoint(out / "trainer_state.pt", modules, optimizers)
     log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
     c.write_jsonl(out / "log.jsonl", log)
     bar = tqdm(range(start, args.updates), desc="ppo", initial=start, total=args.updates)
@@ -367,13 +389,12 @@ def main(argv: list[str] | None = None) -> None:
         epoch, position = divmod(step * args.batch_size, len(questions))
         order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in (epoch, epoch + 1)])
         picked = [questions[i] for i in order[position : position + args.batch_size]]
-        policy = step >= args.value_updates
-        stats = train_update(models, optimizer, picked, judge, args, args.seed * 1_000_000 + step, policy)
+        stats = train_update(models, optimizers, picked, judge, args, args.seed * 1_000_000 + step, step < args.value_updates)
         log.append({"update": step} | stats)
         c.append_jsonl(out / "log.jsonl", log[-1:])
-        bar.set_postfix({k: f"{stats[k]:.2f}" for k in ("reward", "r_ka", "r_ec", "r_cs", "kl")})
+        bar.set_postfix({k: f"{stats[k] or 0:.2f}" for k in ("reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")})
         if (step + 1) % args.save_every == 0 or step + 1 == args.updates:
-            c.save_checkpoint(out / "trainer_state.pt", modules, optimizer, step + 1)
+            c.save_checkpoint(out / "trainer_state.pt", modules, optimizers, step + 1)
             plot(log, out / "training.png")
     if models.reference is None:
         models.policy.delete_adapter("reference")

@@ -7,8 +7,10 @@ Reads the folder that estimate.py wrote. Writes to --out: the model (full weight
 processor, confidence.json (copied), sft.jsonl (the questions and the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
- 1. --explore: this share of the statements is drawn from a random level. After a warm-up on the levels alone the policy says the
-    same level for sure wherever the internal confidence does not vary, PPO samples no other, and so cannot learn there.
+ 1. --explore: half of this share of the statements is drawn from a random level, and half of this share of the responses keeps one
+    random level throughout. After a warm-up on the levels alone the policy says the same level for sure wherever the internal
+    confidence does not vary; PPO samples no other, and so cannot learn there. Responses at one level let it find out that later
+    sentences share the fate of earlier ones.
  2. Statements are drawn anew every epoch.
  3. Linear decay after the warm-up of the learning rate; no weight decay.
 
@@ -29,20 +31,20 @@ from tqdm import tqdm
 import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
-DEFAULTS = {"lr": (1e-3, 1e-4), "batch_size": (64, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
+DEFAULTS = {"lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = c.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--estimate", default="estimate", help="folder that estimate.py wrote (default: %(default)s/)")
     data.add_argument("--no-statements", action="store_true", help="write the numeric level instead of a statement")
-    data.add_argument("--explore", type=float, default=0.25, help="share of statements from a random level (default: 0.25)")
+    data.add_argument("--explore", type=float, default=0.3, help="exploration, see choice 1 above (default: 0.3)")
     training = parser.add_argument_group("training (defaults: digits / other data)")
     training.add_argument("--epochs", type=int, help="passes over the responses (4 / 1)")
-    training.add_argument("--batch-size", type=int, help="responses an optimizer step (64 / 16)")
+    training.add_argument("--batch-size", type=int, help="responses an optimizer step (32 / 16)")
     training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
-    training.add_argument("--lr", type=float, help="peak learning rate of AdamW (1e-3 / 1e-4)")
+    training.add_argument("--lr", type=float, help="peak learning rate of AdamW (3e-3 / 1e-4)")
     training.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps with rising learning rate (0.1)")
     training.add_argument("--lora-rank", type=int, help="rank of the LoRA adapter; 0 trains all weights (0 / 16)")
     training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
@@ -57,7 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
     """The response of one line of responses.jsonl with a statement of its level (or, to explore, of any) after each sentence."""
-    levels = [int(rng.integers(1, 6)) if rng.random() < explore else s["level"] for s in line["sentences"]]
+    levels = [int(rng.integers(1, 6)) if rng.random() < explore / 2 else s["level"] for s in line["sentences"]]
+    if rng.random() < explore / 2:
+        levels = [int(rng.integers(1, 6))] * len(levels)
     return c.insert([s["text"] for s in line["sentences"]], levels, rng, pool)
 
 
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(lines) // args.batch_size)
     steps = args.epochs * per_epoch
-    start = c.load_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer)
+    start = c.load_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer})
     bar = tqdm(range(start, steps), desc="warm-up", initial=start, total=steps)
     for step in bar:
         began, (epoch, position) = time.time(), divmod(step, per_epoch)
@@ -118,10 +122,10 @@ def main(argv: list[str] | None = None) -> None:
         c.append_jsonl(out / "log.jsonl", [{"step": step, "loss": loss, "seconds": round(time.time() - began, 3)}])
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % args.save_every == 0:
-            c.save_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer, step + 1)
+            c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, step + 1)
     c.save_model(model, processor, out)
     plot(c.read_jsonl(out / "log.jsonl"), out / "training.png")
-    c.save_checkpoint(out / "trainer_state.pt", {"model": model}, optimizer, steps)
+    c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, steps)
     (out / "done").touch()
 
 

@@ -42,9 +42,9 @@ def judge_all_right(roll):
     return [(np.ones(len(steps), bool), np.ones(len(steps))) for steps in roll.steps]
 
 
-def make_optimizer(models, args):
-    groups = [{"params": list(models.policy.parameters())}, {"params": list(models.value_head.parameters()), "lr": 1e-3}]
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+def make_optimizers(models, args):
+    modules = (("policy", models.policy, args.lr), ("value", models.value_head, args.value_lr))
+    return {name: torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0) for name, module, lr in modules}
 
 
 def test_gae_by_hand():
@@ -81,8 +81,17 @@ def test_losses_against_a_loop():
         assert float(loss[i]) == pytest.approx(expected, rel=1e-4)
         assert float(diagnostics["clipfrac"][i]) == (abs(ratio - 1) > 0.2)
         assert float(diagnostics["approx_kl"][i]) == pytest.approx(ratio - 1 - np.log(ratio), abs=1e-4)
-    value = ppo.value_loss(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 2.0]), 0.2)
-    assert value.tolist() == pytest.approx([0.5 * 1.8**2, 0.5])  # the first is clipped to 0.2
+    assert ppo.value_loss(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 2.0])).tolist() == [0.5, 4.5]
+
+
+def test_value_head_is_fitted():
+    torch.manual_seed(0)
+    head, hidden = ppo.ValueHead(8), torch.randn(600, 8)
+    returns = hidden[:, 0] * 2 + 1
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    assert head(hidden).abs().max() == 0  # starts at zero
+    ppo.fit_value(head, optimizer, hidden, returns, 200, seed=0)
+    assert float(((head(hidden) - returns) ** 2).mean()) < 0.05 * float(returns.var())
 
 
 def fake_rollout(texts):
@@ -92,7 +101,7 @@ def fake_rollout(texts):
     width = max(len(g.ids) for g in generations)
     mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
     zeros = torch.zeros(mask.shape)
-    return ppo.Rollout([{}] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros)
+    return ppo.Rollout([{}] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros, zeros)
 
 
 def test_rewards(args):
@@ -104,7 +113,7 @@ def test_rewards(args):
     roll = fake_rollout(texts)
     judged = [(np.array([1, 0]), np.array([0.5, 0.0])), (np.array([1, 0]), np.array([1.0, 0.25])), (np.array([]), np.array([]))]
     args.alpha, args.beta, args.gamma = 2.0, 3.0, 5.0
-    scores, parts = ppo.rewards(roll, lambda _: judged, args)
+    scores, parts = ppo.rewards(roll, judged, args)
     ec = [1 - 2 * 0.25**2, 1.0]  # eq. 11
     cs = [1 - 2 * 0.25**2, 1.0]  # eq. 12
     assert parts["r_ka"].tolist() == pytest.approx([0.5, 0.5, 0.0])  # eq. 10
@@ -117,7 +126,7 @@ def test_rewards(args):
         assert float(scores[0, position]) == pytest.approx(value)
     assert not scores[~roll.mask].any()
     args.reward_placement = "end"
-    ends, same = ppo.rewards(roll, lambda _: judged, args)
+    ends, same = ppo.rewards(roll, judged, args)
     assert all(torch.equal(same[name], parts[name]) for name in parts)
     for row, generation in enumerate(roll.generations):
         last = len(generation.ids) - 1
@@ -131,7 +140,7 @@ def test_first_epoch_is_on_policy(models, records, args):
     assert torch.allclose(roll.logprob, roll.ref_logprob, atol=1e-5)  # the policy is still the warm-up policy: KL = 0
     for row, generation in enumerate(roll.generations):  # the update's forward pass gives what was sampled from
         assert torch.allclose(roll.logprob[row][roll.mask[row]], generation.logprob, atol=1e-4)
-    stats = ppo.update(models, make_optimizer(models, args), roll, torch.randn(roll.mask.shape), roll.value, args, seed=0)
+    stats = ppo.update(models, make_optimizers(models, args)["policy"], roll, torch.randn(roll.mask.shape), args, seed=0)
     assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0.0  # ratio = 1
 
 
@@ -146,8 +155,8 @@ def test_statement_tokens(models, records, args):
     assert statements > 10
 
 
-def flat(models):
-    return torch.cat([p.detach().flatten() for p in (*models.policy.parameters(), *models.value_head.parameters())])
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_update_does_not_depend_on_padding_or_micro_batches(models, records, args):
@@ -155,24 +164,22 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
     advantages = torch.randn(roll.mask.shape, generator=torch.Generator().manual_seed(0))
     trained = []
     for micro_batch, garbage in ((12, False), (5, False), (12, True)):
-        twin = ppo.Models(copy.deepcopy(models.policy), None, copy.deepcopy(models.value_head), models.processor)
-        other = copy.copy(roll)
+        twin, other, given = copy.copy(models), copy.copy(roll), advantages
+        twin.policy = copy.deepcopy(models.policy)
         if garbage:
-            fill = lambda x: torch.where(roll.mask, x, 1e3)  # noqa: E731
-            other.logprob, other.value, given = fill(roll.logprob), fill(roll.value), fill(advantages)
+            other.logprob, given = (torch.where(roll.mask, x, 1e3) for x in (roll.logprob, advantages))
         args.micro_batch = micro_batch
-        optimizer = torch.optim.SGD([*twin.policy.parameters(), *twin.value_head.parameters()], lr=0.1)
-        ppo.update(twin, optimizer, other, given if garbage else advantages, roll.value + 1, args, seed=0)
-        trained.append(flat(twin))
-    assert (trained[0] - flat(models)).abs().max() > 1e-3
+        ppo.update(twin, torch.optim.SGD(twin.policy.parameters(), lr=0.1), other, given, args, seed=0)
+        trained.append(flat(twin.policy))
+    assert (trained[0] - flat(models.policy)).abs().max() > 1e-3
     assert torch.allclose(trained[0], trained[1], atol=1e-5) and torch.allclose(trained[0], trained[2], atol=1e-6)
 
 
 def test_a_planted_reward_is_learned(models, records, args):
     """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.lam = 12, 36, 3e-4, 2, 0.95
-    optimizer = make_optimizer(models, args)
-    history = [ppo.train_update(models, optimizer, records, judge_all_right, args, step) for step in range(14)]
+    optimizers = make_optimizers(models, args)
+    history = [ppo.train_update(models, optimizers, records, judge_all_right, args, step, step == 0) for step in range(14)]
     shares = [h["levels"]["5"] / max(1, sum(h["levels"].values())) for h in history]
     assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
     assert np.mean([h["r_ec"] for h in history[-3:]]) > np.mean([h["r_ec"] for h in history[:3]]) + 0.2

@@ -205,7 +205,8 @@ def test_lora_adapter(runs, tmp_path):
 def test_usage_errors(script, flags, message):
     """One line on stderr and exit code 2, before any weight is loaded."""
     result = subprocess.run([sys.executable, script, *flags.split()], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1] and not result.stdout
+    assert result.returncode == 2 and not result.stdout
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_another_runs_folder_is_not_touched(runs, cache, capsys):
