@@ -7,10 +7,9 @@ Reads the folder that estimate.py wrote. Writes to --out: the model (full weight
 processor, confidence.json (copied), sft.jsonl (the questions and the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
- 1. --explore: half of this share of the statements is drawn from a random level, and half of this share of the responses keeps one
-    random level throughout. After a warm-up on the levels alone the policy says the same level for sure wherever the internal
-    confidence does not vary; PPO samples no other, and so cannot learn there. Responses at one level let it find out that later
-    sentences share the fate of earlier ones.
+ 1. --explore: this share of the statements is moved one level up or down. After a warm-up on the levels alone the policy says the
+    same level for sure wherever the internal confidence does not vary; PPO samples no other, and so cannot learn there. Levels drawn
+    from all five cost so much in R_CS that PPO unlearns the exploration before it has learned from it; neighbours cost little.
  2. Statements are drawn anew every epoch.
  3. Linear decay after the warm-up of the learning rate; no weight decay.
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
-DEFAULTS = {"lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}
+DEFAULTS = {"statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--estimate", default="estimate", help="folder that estimate.py wrote (default: %(default)s/)")
     data.add_argument("--no-statements", action="store_true", help="write the numeric level instead of a statement")
-    data.add_argument("--explore", type=float, default=0.3, help="exploration, see choice 1 above (default: 0.3)")
+    data.add_argument("--statements-per-level", type=int, help="how many of the pool's 40 are used, evenly spaced (8 / 40)")
+    data.add_argument("--explore", type=float, default=0.4, help="share of statements moved to a neighbouring level (default: 0.4)")
     training = parser.add_argument_group("training (defaults: digits / other data)")
     training.add_argument("--epochs", type=int, help="passes over the responses (4 / 1)")
     training.add_argument("--batch-size", type=int, help="responses an optimizer step (32 / 16)")
@@ -50,7 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     c.add_run_arguments(parser.add_argument_group("run"), out="warmup")
     args = parser.parse_args(argv)
-    problems = c.positive(args, "epochs", "batch_size", "micro_batch", "lr", "save_every")
+    problems = c.positive(args, "epochs", "batch_size", "micro_batch", "lr", "save_every", "statements_per_level")
+    if (args.statements_per_level or 0) > 40:
+        problems.append("--statements-per-level must not exceed 40")
     if not 0 <= args.explore <= 1:
         problems.append("--explore must lie between 0 and 1")
     c.usage_error(*problems)
@@ -58,10 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
-    """The response of one line of responses.jsonl with a statement of its level (or, to explore, of any) after each sentence."""
-    levels = [int(rng.integers(1, 6)) if rng.random() < explore / 2 else s["level"] for s in line["sentences"]]
-    if rng.random() < explore / 2:
-        levels = [int(rng.integers(1, 6))] * len(levels)
+    """The response of one line of responses.jsonl with a statement of its level (or, to explore, of a neighbour) after each sentence."""
+    levels = [s["level"] + (int(rng.choice([-1, 1])) if rng.random() < explore else 0) for s in line["sentences"]]
+    levels = [min(max(level, 1), c.N_LEVELS) for level in levels]
     return c.insert([s["text"] for s in line["sentences"]], levels, rng, pool)
 
 
@@ -100,7 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     if c.start_run("warmup", args, "done", setup):
         return
     lines = [line for line in c.read_jsonl(folder / "responses.jsonl") if line["sentences"]]
-    pool = c.NUMERIC_STATEMENTS if args.no_statements else c.load_statements()
+    pool = c.NUMERIC_STATEMENTS
+    if not args.no_statements:
+        pool = {level: texts[:: len(texts) // args.statements_per_level] for level, texts in c.load_statements().items()}
     shutil.copy(folder / "confidence.json", out)
     first = [add_statements(x, np.random.default_rng([args.seed, 0, i]), pool, args.explore) for i, x in enumerate(lines)]
     keep = ("id", "image", "question", "answer", "choices", "reference")
