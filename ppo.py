@@ -47,7 +47,7 @@ import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
-    "updates": (100, 200), "batch_size": (64, 16), "lr": (5e-5, 1e-5), "kl_coef": (0.05, 0.05), "micro_batch": (48, 4),
+    "updates": (80, 200), "batch_size": (64, 16), "lr": (1e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
     "max_new_tokens": (72, 256),
 }  # fmt: skip
 
@@ -60,25 +60,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     reward.add_argument("--beta", type=float, default=1.0, help="weight of R_EC; 0 is the ablation w/o R_EC (default: 1)")
     reward.add_argument("--gamma", type=float, default=1.0, help="weight of R_CS; 0 is the ablation w/o R_CS (default: 1)")
     reward.add_argument("--reward-placement", choices=["sentence", "end"], default="sentence", help="see choice 2 above")
-    reward.add_argument("--kl-coef", type=float, help="penalty for leaving the warm-up policy (0.05 / 0.05)")
+    reward.add_argument("--kl-coef", type=float, help="penalty for leaving the warm-up policy (0.03 / 0.03)")
     rollout = parser.add_argument_group("rollouts (defaults: digits / other data)")
-    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (100 / 200)")
+    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (80 / 200)")
     rollout.add_argument("--batch-size", type=int, help="questions a rollout (64 / 16)")
     rollout.add_argument("--samples", type=int, default=3, help="N, responses a question (default: 3, App. B)")
     rollout.add_argument("--max-new-tokens", type=int, help="longest response (72 / 256)")
     rollout.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
     update = parser.add_argument_group("update (defaults: digits / other data)")
     update.add_argument("--epochs", type=int, default=2, help="passes over a rollout (default: 2)")
-    update.add_argument("--minibatches", type=int, default=2, help="optimizer steps an epoch (default: 2)")
+    update.add_argument("--minibatches", type=int, default=4, help="optimizer steps an epoch (default: 4)")
     update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (48 / 4)")
-    update.add_argument("--lr", type=float, help="learning rate of the policy (5e-5 / 1e-5)")
-    update.add_argument("--value-lr", type=float, default=1e-3, help="learning rate of the value head (default: 1e-3)")
+    update.add_argument("--lr", type=float, help="learning rate of the policy (1e-4 / 1e-5)")
+    update.add_argument("--value-lr", type=float, default=2e-3, help="learning rate of the value head (default: 2e-3)")
     update.add_argument("--value-epochs", type=int, default=8, help="passes of the value head over a rollout (default: 8)")
     update.add_argument("--value-updates", type=int, default=1, help="first updates that train the value head alone (1)")
     update.add_argument("--clip-range", type=float, default=0.2, help="epsilon of eq. 14 (default: 0.2)")
     update.add_argument("--discount", type=float, default=1.0, help="discount of GAE (default: 1)")
-    update.add_argument("--lam", type=float, default=0.95, help="lambda of GAE (default: 0.95)")
-    update.add_argument("--entropy-coef", type=float, default=0.0, help="bonus on statement tokens (default: 0)")
+    update.add_argument("--lam", type=float, default=0.9, help="lambda of GAE (default: 0.9)")
+    update.add_argument("--entropy-coef", type=float, default=0.02, help="bonus on statement tokens (default: 0.02)")
     update.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (default: 1)")
     update.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (default: 10)")
     c.add_run_arguments(parser.add_argument_group("run"), out="ppo")
