@@ -956,6 +956,7 @@ def _bare_step(text: str, start: int, end: int) -> Step:
 # Reverse mapping: where the cosine floor lies, and the support vector machine whose kernel on unit vectors is
 # exp(2 GAMMA (cosine - 1)). The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
 FLOOR, GAMMA, C = 0.57, 2.0, 10.0
+_CONCLUSION = re.compile(r"^(?:so |therefore |thus |hence )?the (?:correct |right |final )?(?:answer|choice|option) is ")
 _OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
 
 
@@ -979,9 +980,9 @@ def statement_levels(texts: list[str]) -> list[int | None]:
     """The level 1..5 of each wording, seen or not; None where it is no confidence statement (sec. 3.1.2, reverse mapping).
 
     A statement of the pool has its own level. Otherwise the cosines to all statements vote, with weights fitted on the pool; a text
-    whose largest cosine is below FLOOR is no statement. Two additions to the paper: the means of the encoder's word embeddings and
-    of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
-    without its opening "and", "but", ..., so that this word alone decides little.
+    whose largest cosine is below FLOOR, or that names an answer, is no statement. Two additions to the paper: the means of the
+    encoder's word embeddings and of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and
+    every statement also votes without its opening "and", "but", ..., so that this word alone decides little.
     """
     plain, known = [_plain(text) for text in texts], _known_statements()
     new = sorted({t for t in plain if t and t not in known and t not in _levels_seen}, key=len)
@@ -989,7 +990,8 @@ def statement_levels(texts: list[str]) -> list[int | None]:
         vote, pool = _statement_vote()
         near = (_statement_vectors([_OPENING.sub("", t) for t in chunk])[1] @ pool.T).max(1) >= FLOOR
         levels = vote.predict(_statement_vectors(chunk)[0])
-        _levels_seen.update({t: int(level) if ok else None for t, level, ok in zip(chunk, levels, near, strict=True)})
+        for text, level, ok in zip(chunk, levels, near, strict=True):
+            _levels_seen[text] = int(level) if ok and not _CONCLUSION.match(text) else None
     return [known.get(t, _levels_seen.get(t)) for t in plain]
 
 

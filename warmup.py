@@ -7,10 +7,11 @@ Reads the folder that estimate.py wrote. Writes to --out: the model (full weight
 processor, confidence.json (copied), sft.jsonl (the questions and the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
- 1. --explore: this share of the statements is moved one level up or down. After a warm-up on the levels alone the policy says the
-    same level for sure wherever the internal confidence does not vary; PPO samples no other, and so cannot learn there. Levels drawn
+ 1. --explore: this share of the statements is moved one level up or down. After a warm-up on the levels alone the policy says one
+    level for sure wherever the internal confidence does not vary; PPO samples no other, and so cannot learn there. Levels drawn
     from all five cost so much in R_CS that PPO unlearns the exploration before it has learned from it; neighbours cost little.
- 2. Statements are drawn anew every epoch.
+ 2. Statements are drawn anew every epoch. The digits default uses 8 of the 40 statements a level (--statements-per-level): with 40
+    the million-parameter model spends its few hundred steps on their wordings and not yet on which level to say.
  3. Linear decay after the warm-up of the learning rate; no weight decay.
 
     python warmup.py                                  # reads estimate/, writes warmup/
@@ -30,7 +31,10 @@ from tqdm import tqdm
 import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
-DEFAULTS = {"statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (4, 1), "lora_rank": (0, 16), "micro_batch": (64, 4)}  # fmt: skip
+DEFAULTS = {
+    "statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (4, 1), "lora_rank": (0, 16),
+    "micro_batch": (64, 4),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
-    """The response of one line of responses.jsonl with a statement of its level (or, to explore, of a neighbour) after each sentence."""
+    """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or a neighbouring one)."""
     levels = [s["level"] + (int(rng.choice([-1, 1])) if rng.random() < explore else 0) for s in line["sentences"]]
     levels = [min(max(level, 1), c.N_LEVELS) for level in levels]
     return c.insert([s["text"] for s in line["sentences"]], levels, rng, pool)

@@ -76,7 +76,10 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
     with open(tmp_path / "e" / "partial.jsonl", "a") as file:
         file.write('{"id": "cut sho')  # as a killed process leaves it
     estimate.main(args)
-    assert (tmp_path / "e" / "responses.jsonl").read_text() == (runs["estimate"] / "responses.jsonl").read_text()
+    for line, whole in zip(*(c.read_jsonl(f / "responses.jsonl") for f in (tmp_path / "e", runs["estimate"])), strict=True):
+        assert [line[k] for k in ("id", "response")] == [whole[k] for k in ("id", "response")]
+        for s, t in zip(line["sentences"], whole["sentences"], strict=True):
+            assert s == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in t.items()}
 
 
 def test_warmup(runs):
@@ -171,7 +174,7 @@ def test_evaluate_a_base_model(cache, tmp_path):
     model = c.digits_paths(cache, 0, 1.0)["model"]
     evaluate.main(["--ckpt", model, "--limit", "6", "--cache", str(cache), "--data", "digits-ood", "--out", str(tmp_path / "b")])
     metrics = c.read_json(tmp_path / "b" / "metrics.json")
-    assert metrics["coverage"] == 0 and metrics["mece"] is None and metrics["f1"] is not None
+    assert metrics["n_questions"] == 6 and metrics["f1"] is not None
 
 
 def test_lora_adapter(runs, tmp_path):

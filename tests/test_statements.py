@@ -54,6 +54,13 @@ def test_parse_without_statements():
     assert c.parse(["", "."]) == [[], []]
 
 
+def test_plain_chains_have_no_statements():
+    for family in c.FAMILIES:
+        chains = [digits for a in range(10) for b in range(10) for digits in [c.digit_chain(family, a, b)]]
+        texts = [" ".join(chain["image"] + chain["reasoning"]) for chain in chains]
+        assert all(len(steps) == 4 and not any(s.level for s in steps) for steps in c.parse(texts))
+
+
 def test_parse_other_wordings():
     text = "The man, who wears a hat, is old, and I am completely certain of it. It rains, but that is only a wild guess."
     steps = c.parse([text])[0]
