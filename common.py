@@ -262,7 +262,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
 
-@functools.lru_cache(maxsize=8192 if sys.maxsize > 2**32 else 64)
+@functools.lru_cache(maxsize=8192)
 def load_image(path: str) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
@@ -927,7 +927,7 @@ def parse(texts: Sequence[str], statements: bool = True) -> list[list[Step]]:
     if not statements:
         return [[_bare_step(t, a, b) for a, b in s] for t, s in zip(texts, spans, strict=True)]
     tails = [t[a:b].rpartition(", ")[2] for t, s in zip(texts, spans, strict=True) for a, b in s]
-    statement_levels([tail for tail in tails if _plain(tail) not in _known_statements()])  # all texts in one go; looked up below
+    statement_levels(tails)  # all texts in one go; looked up below
     parsed = []
     for text, sentences in zip(texts, spans, strict=True):
         steps: list[Step] = []
