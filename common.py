@@ -115,6 +115,11 @@ def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
+def chain(record: dict) -> list[str]:
+    """All sentences of a record's reference chain, image level first."""
+    return record["reference"]["image"] + record["reference"]["reasoning"]
+
+
 def read_run(folder: str | Path, *needed: str) -> dict:
     """config.json of a run folder that an earlier stage wrote.
 
@@ -138,7 +143,7 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
     out, resolved = Path(args.out), {k: v for k, v in vars(args).items() if k != "overwrite"}
     path = out / "config.json"
     if out.is_dir() and any(out.iterdir()):
-        if not path.exists():
+        if not path.exists() or "args" not in read_json(path):
             usage_error(f"{out}/ is not empty and holds no run of this project; choose another --out")
         if args.overwrite:
             for old in out.iterdir():
@@ -398,7 +403,7 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
     tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
     for bar, images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
-        truths = [r["reference"]["image"] + r["reference"]["reasoning"] for r in records]
+        truths = [chain(r) for r in records]
         sentences = list(dict.fromkeys(s for truth in truths for s in truth))
         target = torch.tensor([[float(s in truth) for s in sentences] for truth in truths])  # (images, sentences)
         v = F.normalize(model.encode_image(to_pixels(images)), dim=-1)
@@ -421,7 +426,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
     for bar, images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
-        chains = [" ".join(r["reference"]["image"] + r["reference"]["reasoning"]) for r in records]
+        chains = [" ".join(chain(r)) for r in records]
         records = [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)]
         optimizer_step(bar, optimizer, sft_loss(model, collate(processor, records, response_ids(processor, chains))), lr=3e-3)
     save_model(model, processor, folder)
@@ -432,10 +437,12 @@ def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, 
     return {name: str(Path(cache) / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
 
 
-def build_digits_world(cache: str | Path, seed: int, noise_scale: float) -> None:
-    """Build and train the world's two models where that has not been done yet."""
+def build_digits_world(cache: str | Path, seed: int, noise_scale: float, needed: Sequence[str]) -> None:
+    """Build and train the world's two models where one of them is `needed` and that has not been done yet."""
     paths = digits_paths(cache, seed, noise_scale)
     for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
+        if not {paths[name], paths["model"]} & set(needed):  # the model is built from the image tower of CLIP
+            continue
         done = Path(paths[name]) / "done"
         if not done.exists():
             train(done.parent, seed, noise_scale)

@@ -66,8 +66,7 @@ def respond(model, processor, records, clip, encoder, matcher, args) -> list[dic
     raw = c.uncertainties(records, generations, steps, clip, encoder)
     lines = []
     for record, generation, sentence_steps, values in zip(records, generations, steps, raw, strict=True):
-        reference = record["reference"]["image"] + record["reference"]["reasoning"]
-        correct = matcher([s.text for s in sentence_steps], reference).any(1)
+        correct = matcher([s.text for s in sentence_steps], c.chain(record)).any(1)
         sentences = [
             {"text": s.text, "start": s.start, "end": s.end, "n_tokens": len(c.step_tokens(generation.offsets, s.start, s.end))}
             | dict(zip(c.ESTIMATORS, map(float, u), strict=True))
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     setup |= {"data": args.data, "cache": args.cache, "noise_scale": args.noise_scale, "world_seed": args.seed}
     if c.start_run("estimate", args, "responses.jsonl", setup):
         return
-    c.build_digits_world(args.cache, args.seed, args.noise_scale)
+    c.build_digits_world(args.cache, args.seed, args.noise_scale, [setup["model"], setup["clip"]])
     records = c.load_data(args.data, "train", args.limit, args.cache, args.seed, args.noise_scale)
     partial = out / "partial.jsonl"
     lines = c.read_jsonl(partial) if partial.exists() else []

@@ -432,9 +432,8 @@ def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_t
     predictions = []
     generations = c.generate(model, processor, records, 0.0, max_new_tokens, seed)
     for record, generation, steps in zip(records, generations, c.parse([g.text for g in generations]), strict=True):
-        reference = record["reference"]
-        n_image = len(reference["image"])
-        matched = matcher([s.text for s in steps], reference["image"] + reference["reasoning"])  # (sentences, references)
+        n_image = len(record["reference"]["image"])
+        matched = matcher([s.text for s in steps], c.chain(record))  # (sentences, references)
         sentences = [
             {"text": s.text, "statement": s.statement, "level": s.level, "correct": bool(matched[i].any()),
              "part": "image" if i < n_image else "reasoning"} for i, s in enumerate(steps)

@@ -12,8 +12,10 @@ log.jsonl (a line an update), training.png, trainer_state.pt (the same command c
 
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
- 2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms, each still divided by T, where
-    what they judge ends: R_KA's at the last token of z_t, R_EC's and R_CS's at the last token of c_t. The sum is the same R.
+ 2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms where what they judge ends:
+    R_KA's at the last token of z_t, R_EC's and R_CS's at that of c_t, each divided by the number of sentences of the reference
+    chain, or by t where that is more: a sentence beyond those dilutes the ones before it, at its own token and not at theirs.
+    What is then left of R (responses that are too short) comes at the last token. The sum is the same R.
  3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred. No dropout anywhere; policy, old policy and reference come from
@@ -177,20 +179,22 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
         if not steps:
             parts["r_ec"][row] = parts["r_cs"][row] = -1.0
             scores[row, last] -= args.beta + args.gamma
+        total = credited = 0.0
         for t, step in enumerate(steps):
             ec = cs = -1.0
             if step.level is not None:
                 ec = 1 - 2 * (float(correct[t]) - c.conf(step.level)) ** 2  # eq. 11
                 cs = 1 - 2 * (float(internal[t]) - c.conf(step.level)) ** 2  # eq. 12
             ka = float(correct[t])  # eq. 10
-            offsets = roll.generations[row].offsets
-            end_z, end_c = (c.step_tokens(offsets, step.start, end)[-1] for end in (step.end, step.stop))
-            if args.reward_placement == "end":
-                end_z = end_c = last
-            scores[row, end_z] += args.alpha * ka / len(steps)  # eq. 13, term by term
-            scores[row, end_c] += (args.beta * ec + args.gamma * cs) / len(steps)
             for name, term in (("r_ka", ka), ("r_ec", ec), ("r_cs", cs)):
                 parts[name][row] += term / len(steps)
+            expected = max(t + 1, len(c.chain(roll.records[row])))
+            for end, term in ((step.end, args.alpha * ka), (step.stop, args.beta * ec + args.gamma * cs)):
+                total += term
+                if args.reward_placement == "sentence":
+                    scores[row, c.step_tokens(roll.generations[row].offsets, step.start, end)[-1]] += total / expected - credited
+                    credited = total / expected
+        scores[row, last] += total / max(len(steps), 1) - credited  # eq. 13: the rest of R, or all of it
     return scores, parts
 
 
@@ -204,8 +208,7 @@ class Judge:
         raw = c.uncertainties(roll.records, roll.generations, roll.steps, self.clip, self.encoder)
         judged = []
         for record, steps, values in zip(roll.records, roll.steps, raw, strict=True):
-            reference = record["reference"]["image"] + record["reference"]["reasoning"]
-            correct = self.matcher([s.text for s in steps], reference).any(1)
+            correct = self.matcher([s.text for s in steps], c.chain(record)).any(1)
             levels = c.to_level(c.fuse(values, self.confidence), self.confidence)
             judged.append((correct, np.array([c.conf(level) for level in levels])))
         return judged

@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     per_epoch = -(-len(lines) // args.batch_size)
     steps = args.epochs * per_epoch
     start = c.load_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer})
+    log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
+    c.write_jsonl(out / "log.jsonl", log)
     bar = tqdm(range(start, steps), desc="warm-up", initial=start, total=steps)
     for step in bar:
         began, (epoch, position) = time.time(), divmod(step, per_epoch)
@@ -126,12 +128,13 @@ def main(argv: list[str] | None = None) -> None:
         texts = [add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore) for i in rows]
         c.warmup_then_linear(optimizer, step, steps, [args.lr], args.warmup_ratio)
         loss = train_step(model, processor, [lines[i] for i in rows], texts, optimizer, args.micro_batch)
-        c.append_jsonl(out / "log.jsonl", [{"step": step, "loss": loss, "seconds": round(time.time() - began, 3)}])
+        log.append({"step": step, "loss": loss, "seconds": round(time.time() - began, 3)})
+        c.append_jsonl(out / "log.jsonl", log[-1:])
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % args.save_every == 0:
             c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, step + 1)
     c.save_model(model, processor, out)
-    plot(c.read_jsonl(out / "log.jsonl"), out / "training.png")
+    plot(log, out / "training.png")
     c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, steps)
     (out / "done").touch()
 

@@ -19,7 +19,7 @@ def warm(base, records):
     rng = np.random.default_rng(0)
     pool = {level: texts[:3] for level, texts in c.load_statements().items()}
     for _ in range(70):
-        chains = [r["reference"]["image"] + r["reference"]["reasoning"] for r in records]
+        chains = [c.chain(r) for r in records]
         texts = [c.insert(chain, rng.integers(1, 6, size=4), rng, pool) for chain in chains]
         warmup.train_step(model, processor, records, texts, optimizer, micro_batch=12)
     return model.eval(), processor
@@ -94,14 +94,15 @@ def test_value_head_is_fitted():
     assert float(((head(hidden).detach() - returns) ** 2).mean()) < 0.05 * float(returns.var())
 
 
-def fake_rollout(texts):
+def fake_rollout(texts, n_reference=2):
     """A rollout around given responses, one token a character and an end-of-sequence token."""
     offsets = [[(i, i + 1) for i in range(len(t))] + [(len(t), len(t))] for t in texts]
     generations = [c.Generation([5] * len(t) + [2], t, o, None, None) for t, o in zip(texts, offsets, strict=True)]
     width = max(len(g.ids) for g in generations)
     mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
     zeros = torch.zeros(mask.shape)
-    return ppo.Rollout([{}] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros, zeros)
+    record = {"reference": {"image": ["It is red."] * n_reference, "reasoning": []}}
+    return ppo.Rollout([record] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros, zeros)
 
 
 def test_rewards(args):
@@ -132,6 +133,20 @@ def test_rewards(args):
         last = len(generation.ids) - 1
         assert float(ends[row, last]) == pytest.approx(float(total[row]))
         assert not ends[row, :last].any() and not ends[row, last + 1 :].any()
+
+
+def test_an_extra_sentence_pays_for_itself(args):
+    """Placed rewards sum to R, and none depends on what is written after it: else a repeated sentence would look like a gain."""
+    right, short = "It is red, and I trust this is correct.", "It is red, though I can't confirm this."
+    texts = [short, f"{short} {right}", f"{short} {right} {right}"]  # one less than the reference, as many, one more
+    roll = fake_rollout(texts, n_reference=2)
+    judged = [(np.ones(n, bool), np.ones(n)) for n in (1, 2, 3)]
+    scores, parts = ppo.rewards(roll, judged, args)
+    assert torch.allclose(scores.sum(1), sum(parts.values()))
+    assert torch.equal(scores[1, : len(texts[1])], scores[2, : len(texts[1])])
+    assert torch.equal(scores[0, : len(texts[0])], scores[2, : len(texts[0])]) and scores[0, len(texts[0])] == -0.5
+    extra = float(scores[2, len(texts[1]) :].sum())
+    assert extra == pytest.approx(float(scores[2].sum() - scores[1].sum())) and extra < 0.3 * float(scores[2].sum())
 
 
 def test_first_epoch_is_on_policy(models, records, args):

@@ -40,7 +40,7 @@ def test_estimate(runs):
     names = {"text", "start", "end", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
     assert len(sentences) > 24 and all(set(s) == names for s in sentences)
     for line in lines:
-        reference = line["reference"]["image"] + line["reference"]["reasoning"]
+        reference = c.chain(line)
         for s in line["sentences"]:
             assert line["response"][s["start"] : s["end"]] == s["text"].rstrip(".!? ") and s["correct"] == (s["text"] in reference)
             assert s["lnlp"] >= 1 and s["mte"] >= 0 and s["tokensar"] >= 0 and 0 <= s["clip"] <= 1 and 0 <= s["u"] <= 1
