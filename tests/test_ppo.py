@@ -146,7 +146,7 @@ def test_an_extra_sentence_pays_for_itself(args):
     assert torch.equal(scores[1, : len(texts[1])], scores[2, : len(texts[1])])
     assert torch.equal(scores[0, : len(texts[0])], scores[2, : len(texts[0])]) and scores[0, len(texts[0])] == -0.5
     extra = float(scores[2, len(texts[1]) :].sum())
-    assert extra == pytest.approx(float(scores[2].sum() - scores[1].sum())) and extra < 0.3 * float(scores[2].sum())
+    assert extra == pytest.approx(float(scores[2].sum() - scores[1].sum()))
 
 
 def test_first_epoch_is_on_policy(models, records, args):
