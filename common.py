@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import LogitsProcessor
 
@@ -73,6 +74,7 @@ def add_run_arguments(group, out: str) -> None:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     group.add_argument("--load-in-4bit", action="store_true", help="NF4 base weights (bitsandbytes)")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="training: less memory for a second forward pass")
     group.add_argument("--overwrite", action="store_true", help="start over in a folder that holds another run")
 
 
@@ -175,6 +177,7 @@ FAMILIES = {
     "larger": "Which of the two digits is larger?",
 }
 DATASETS = ("digits", "digits-ood")
+MISREAD = 0.2  # share of misread sentences in the base model's training chains
 
 
 @functools.cache
@@ -191,7 +194,7 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_noise(rng: np.random.Generator) -> float:
     """Standard deviation of one digit's noise."""
-    return float(rng.choice([0.15, 0.45, 2.5], p=[0.68, 0.08, 0.24]))
+    return float(rng.choice([0.15, 0.45, 2.5], p=[0.70, 0.08, 0.22]))
 
 
 def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
@@ -263,6 +266,28 @@ def load_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 
     return records
 
 
+def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool) -> list[dict]:
+    """The records that have all `needed` fields and an image that opens; the others are counted by reason, and more than a fifth of
+    them end the run (exit code 2) unless `allow_bad`."""
+    good, bad = [], {}
+    for record in records:
+        reason = next((f"no {name}" for name in needed if not record.get(name)), None)
+        if reason is None:
+            try:
+                load_image(record["image"])
+            except OSError:
+                reason = "image missing or unreadable"
+        if reason:
+            bad.setdefault(reason, []).append(str(record.get("id")))
+        else:
+            good.append(record)
+    for reason, ids in bad.items():
+        print(f"{len(ids)} of {len(records)} records left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})")
+    if not good or (len(good) < 0.8 * len(records) and not allow_bad):
+        usage_error(f"{len(records) - len(good)} of {len(records)} records cannot be used (--allow-bad-records uses the rest)")
+    return good
+
+
 def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
@@ -305,8 +330,8 @@ def build_digits_processor():
     return LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
 
 
-def build_digits_model(processor):
-    """A LlavaForConditionalGeneration of about one million parameters, randomly initialised."""
+def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab_size: int | None = None):
+    """A LlavaForConditionalGeneration, randomly initialised; about one million parameters as it stands."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -314,7 +339,8 @@ def build_digits_model(processor):
         hidden_act="gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(processor.tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=vocab_size or len(processor.tokenizer), hidden_size=hidden_size, intermediate_size=5 * hidden_size // 2,
+        num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config = LlavaConfig(
@@ -384,9 +410,9 @@ def optimizer_step(bar: tqdm, optimizer, loss: Tensor, lr: float) -> None:
 
 
 def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[int, int] = (400, 300)) -> None:
-    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which sentence
-    is true of which image. Many sentences of a batch are true of many of its images, so that the pairs are judged one by one (the
-    sigmoid loss of SigLIP, Zhai et al. 2023) instead of by a softmax over the batch."""
+    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which caption
+    (image-level sentence; captions say what is there to see) is true of which image. Many captions of a batch are true of many of
+    its images, so that the pairs are judged one by one (the sigmoid loss of SigLIP, Zhai et al. 2023), not by a softmax."""
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
@@ -403,7 +429,7 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
     tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
     for bar, images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
-        truths = [chain(r) for r in records]
+        truths = [r["reference"]["image"] for r in records]
         sentences = list(dict.fromkeys(s for truth in truths for s in truth))
         target = torch.tensor([[float(s in truth) for s in sentences] for truth in truths])  # (images, sentences)
         v = F.normalize(model.encode_image(to_pixels(images)), dim=-1)
@@ -413,9 +439,24 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
+def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Token ids of a reference chain in which every sentence but the last may be that of two other digits (MISREAD), and the
+    positions of such sentences' tokens, which are read and not learned: what is said before may be wrong, look at the image."""
+    family = next(name for name, question in FAMILIES.items() if question == record["question"])
+    ids, wrong = [], []
+    for i, sentence in enumerate(chain(record)):
+        other = i < 3 and rng.random() < MISREAD
+        if other:
+            sentence = chain({"reference": digit_chain(family, *rng.integers(10, size=2))})[i]
+        tokens = tokenizer(" " * (i > 0) + sentence)["input_ids"]
+        wrong += range(len(ids), len(ids) + len(tokens)) if other else []
+        ids += tokens
+    return [*ids, tokenizer.eos_token_id], wrong
+
+
 def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
     """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model (as in
-    LLaVA), stopped while it is still imperfect."""
+    LLaVA), stopped while it is still imperfect. Chains are partly misread, so that doubt about a digit shows in later steps too."""
     import open_clip
 
     torch.manual_seed(seed)
@@ -425,10 +466,13 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     model.model.vision_tower.load_state_dict(to_llava_vision(clip.visual))
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
+    rng = np.random.default_rng(seed)
     for bar, images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
-        chains = [" ".join(chain(r)) for r in records]
-        records = [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)]
-        optimizer_step(bar, optimizer, sft_loss(model, collate(processor, records, response_ids(processor, chains))), lr=3e-3)
+        ids, wrong = zip(*(misread(record, processor.tokenizer, rng) for record in records), strict=True)
+        batch = collate(processor, [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)], ids)
+        for row, positions in enumerate(wrong):
+            batch.mask[row, positions] = False
+        optimizer_step(bar, optimizer, sft_loss(model, batch), lr=3e-3)
     save_model(model, processor, folder)
 
 
@@ -453,6 +497,30 @@ def build_digits_world(cache: str | Path, seed: int, noise_scale: float, needed:
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
+def add_lora(model, rank: int):
+    """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
+    from peft import LoraConfig, get_peft_model
+
+    if not any(re.fullmatch(LORA_TARGETS, name) for name, _ in model.named_modules()):
+        usage_error(f"{type(model).__name__} has no layer that matches the LoRA targets {LORA_TARGETS}")
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
+
+
+def freeze_vision(model) -> None:
+    """As everywhere in LLaVA's recipe, the image tower stays as it is."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision" not in name and "visual" not in name)
+
+
+def enable_checkpointing(model) -> None:
+    """Keep the input of each layer instead of all it computes. It needs train mode, which nothing else may notice: no dropout."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def load_model(path: str | Path, args: argparse.Namespace, lora_rank: int = 0, trainable: bool = False):
     """Model and processor of a Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
@@ -475,15 +543,16 @@ def load_model(path: str | Path, args: argparse.Namespace, lora_rank: int = 0, t
 
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     elif lora_rank:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import prepare_model_for_kbit_training
 
         if args.load_in_4bit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS))
+        model = add_lora(model, lora_rank)
     if trainable:
-        if not hasattr(model, "peft_config"):  # as everywhere in LLaVA's recipe, the image tower stays as it is
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("vision" not in name and "visual" not in name)
+        if not hasattr(model, "peft_config"):
+            freeze_vision(model)
+        if args.gradient_checkpointing:
+            enable_checkpointing(model)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
     return model.eval(), processor  # eval: no dropout anywhere, so that every forward pass computes the same policy
@@ -571,25 +640,27 @@ def response_ids(processor, responses: Sequence[str]) -> list[list[int]]:
     return [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
 
 
-def response_hidden(model, batch: Batch) -> Tensor:
-    """Last hidden states that predict the response tokens, (B, T, H): position t - 1 predicts token t."""
+def response_statistics(model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and last hidden state (B, T, H) of the
+    response tokens: the state at position t - 1 predicts token t. Only response tokens meet the output head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state
-    return hidden[:, batch.start - 1 : -1]
-
-
-def response_statistics(model, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token, (B, T) each, 0 outside the mask. Only response tokens meet the head."""
-    logits = model.get_output_embeddings()(hidden[batch.mask])  # (tokens, V)
+    model.train(base.is_gradient_checkpointing and torch.is_grad_enabled())
+    head, before = model.get_output_embeddings(), slice(batch.start - 1, -1)
+    targets = batch.responses[batch.mask]
+    if head is not None:
+        hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before]
+        logprob, entropy = head_statistics(hidden[batch.mask], head, targets, logit_softcap(model))
+    else:  # a model that hides its head
+        output = model(**batch.inputs, use_cache=False, output_hidden_states=True)
+        hidden = output.hidden_states[-1][:, before]
+        logprob, entropy = token_statistics(output.logits[:, before][batch.mask], targets)
     zeros = torch.zeros(batch.mask.shape, device=hidden.device)
-    logprob, entropy = token_statistics(logits, batch.responses[batch.mask])
-    return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, entropy)
+    return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, entropy), hidden
 
 
 def sft_loss(model, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the response tokens (eq. 9); prompt, image and padding carry no loss."""
-    logits = model.get_output_embeddings()(response_hidden(model, batch)[batch.mask])
-    return F.cross_entropy(logits.float(), batch.responses[batch.mask])
+    return -response_statistics(model, batch)[0].sum() / batch.mask.sum()
 
 
 # ------------------------------------------------------------------------------------------ generation and token statistics
@@ -610,6 +681,93 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(-1, targets[:, None]).squeeze(-1) - lse, entropy.clamp(min=0.0)
 
 
+def logit_softcap(model) -> float | None:
+    """The c of architectures whose logits are c tanh(logits / c)."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def head_statistics(hidden: Tensor, head: torch.nn.Module, targets: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """`token_statistics(head(hidden), targets)` with gradient, without ever holding logits (L, V).
+
+    hidden (L, H), any float type; targets (L,) -> logprob (L,), entropy (L,), float32. A plain linear head is taken apart along its
+    vocabulary (`_HeadStatistics`); any other module (an adapter on the head, quantised weights) gets 64 rows at a time.
+    """
+    if type(head) is torch.nn.Linear:
+        return _HeadStatistics.apply(hidden, head.weight, head.bias, targets, softcap)
+
+    def some_rows(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h).float()
+        return token_statistics(softcap * torch.tanh(logits / softcap) if softcap else logits, y)
+
+    rows = [checkpoint(some_rows, h, y, use_reentrant=False) for h, y in zip(hidden.split(64), targets.split(64), strict=True)]
+    return tuple(map(torch.cat, zip(*rows, strict=True)))
+
+
+class _HeadStatistics(torch.autograd.Function):
+    """The same numbers as `token_statistics`, from blocks of rows and vocabulary that fit a processor's cache.
+
+    Over the blocks run m = max z, s = sum exp(z - m) and t = sum exp(z - m) (z - m); then lse = m + log s and H = log s - t / s.
+    The backward pass makes z again: d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H).
+    """
+
+    ROWS, BLOCK = 256, 2048
+
+    @staticmethod
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
+        for part in _slices(len(weight), _HeadStatistics.BLOCK):
+            w = weight[part]
+            z = (hidden @ w.T).float() if hidden.is_cuda else hidden.float() @ w.float().T
+            z = z if bias is None else z + bias[part]
+            yield part, softcap * torch.tanh(z / softcap) if softcap else z
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None):
+        lse, entropy, picked = torch.zeros(3, len(hidden), device=hidden.device)
+        for rows in _slices(len(hidden), _HeadStatistics.ROWS):
+            m = torch.full_like(lse[rows], -1e30)
+            s, t = torch.zeros(2, len(m), device=m.device)
+            for part, z in _HeadStatistics.logits(hidden[rows], weight, bias, softcap):
+                index = (targets[rows] - part.start).clamp(0, z.shape[1] - 1)
+                inside = (targets[rows] >= part.start) & (targets[rows] < part.stop)
+                picked[rows] += torch.where(inside, z.gather(1, index[:, None]).squeeze(1), 0.0)
+                top = torch.maximum(m, z.amax(1))
+                z -= top[:, None]
+                p, shift, scale = z.exp(), m - top, (m - top).exp()
+                t = scale * (t + s * shift) + torch.linalg.vecdot(p, z)
+                s, m = scale * s + p.sum(1), top
+            lse[rows], entropy[rows] = m + s.log(), s.log() - t / s
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.softcap = softcap
+        return picked - lse, entropy.clamp(min=0.0)
+
+    @staticmethod
+    def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor):
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        grads = [torch.zeros_like(x, dtype=torch.float32) if need else None
+                 for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)]  # fmt: skip
+        for rows in _slices(len(hidden), _HeadStatistics.ROWS):
+            a, b, y = grad_logprob[rows, None], grad_entropy[rows, None], targets[rows]
+            for part, z in _HeadStatistics.logits(hidden[rows], weight, bias, ctx.softcap):
+                slope = 1 - (z / ctx.softcap) ** 2 if ctx.softcap else None
+                z -= lse[rows, None]
+                g = -z.exp() * (a + b * (z + entropy[rows, None]))
+                inside = ((y >= part.start) & (y < part.stop)).nonzero().squeeze(1)
+                g[inside, y[inside] - part.start] += a[inside, 0]
+                g = g if slope is None else g * slope
+                if grads[0] is not None:
+                    grads[0][rows] += g @ weight[part].float()
+                if grads[1] is not None:
+                    grads[1][part] += g.T @ hidden[rows].float()
+                if grads[2] is not None:
+                    grads[2][part] += g.sum(0)
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None, None
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
 @dataclass
 class Generation:
     """One generated response; the tensors are 1-D and as long as `ids`, which ends with the end-of-sequence token if it came."""
@@ -619,13 +777,18 @@ class Generation:
     offsets: list[tuple[int, int]]  # characters of `text` that each token stands for
     logprob: Tensor
     entropy: Tensor
+    hidden: Tensor | None = None  # (L, H) the last hidden state before each token, where it was asked for
 
 
 class StatisticsRecorder(LogitsProcessor):
     """Takes log-probability and entropy of each sampled token from the raw logits, before temperature, as they are made."""
 
     def __init__(self, banned: int | None):
-        self.banned, self.logits, self.logprob, self.entropy = banned, None, [], []
+        self.banned, self.logits, self.logprob, self.entropy, self.hidden = banned, None, [], [], []
+
+    def keep_hidden(self, head, args: tuple[Tensor]) -> None:
+        """Hook before the output head: what it is given for the newest position."""
+        self.hidden.append(args[0][:, -1])
 
     def take(self, tokens: Tensor) -> None:
         if self.logits is not None:
@@ -642,7 +805,9 @@ class StatisticsRecorder(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model, processor, records: Sequence[dict], temperature: float, max_new_tokens: int, seed: int) -> list[Generation]:
+def generate(
+    model, processor, records: Sequence[dict], temperature: float, max_new_tokens: int, seed: int, keep_hidden: bool = False
+) -> list[Generation]:
     """Sample one response a record (temperature 0: greedy)."""
     from transformers import GenerationConfig
 
@@ -657,15 +822,29 @@ def generate(model, processor, records: Sequence[dict], temperature: float, max_
         max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling
     )
     recorder = StatisticsRecorder(getattr(processor, "image_token_id", None))
+    hook = model.get_output_embeddings().register_forward_pre_hook(recorder.keep_hidden) if keep_hidden else None
     output = model.generate(**batch.inputs, generation_config=config, logits_processor=[recorder])[:, batch.start :]
+    if hook:
+        hook.remove()
     recorder.take(output[:, -1])
+    hidden = torch.stack(recorder.hidden, 1).float().cpu() if keep_hidden else [None] * len(output)
     logprob, entropy = torch.stack(recorder.logprob, 1).cpu(), torch.stack(recorder.entropy, 1).cpu()
     generations = []
     for row, ids in enumerate(output.tolist()):
         length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
         text, offsets = decode_with_offsets(tokenizer, ids[:length])
-        generations.append(Generation(ids[:length], text, offsets, logprob[row, :length], entropy[row, :length]))
+        kept = hidden[row][:length] if keep_hidden else None
+        generations.append(Generation(ids[:length], text, offsets, logprob[row, :length], entropy[row, :length], kept))
     return generations
+
+
+@torch.no_grad()
+def score(model, processor, records: Sequence[dict], responses: Sequence[str]) -> list[Generation]:
+    """Given responses as if the model had generated them: log-probabilities and entropies from one teacher-forced pass."""
+    ids = response_ids(processor, responses)
+    logprob, entropy, _ = response_statistics(model, collate(processor, records, ids, model.device))
+    rows = zip(ids, logprob.cpu(), entropy.cpu(), strict=True)
+    return [Generation(i, *decode_with_offsets(processor.tokenizer, i), p[: len(i)], h[: len(i)]) for i, p, h in rows]
 
 
 @functools.cache
@@ -718,10 +897,10 @@ def _one_or_more(values: Tensor) -> Tensor:
 
 
 class SentenceEncoder:
-    """Unit sentence embeddings by all-MiniLM-L6-v2 (or another sentence-transformers model); no text is encoded twice."""
+    """Unit sentence embeddings by all-MiniLM-L6-v2 (or another sentence-transformers model)."""
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
-        self.name, self.device, self.cache = name, device, {}
+        self.name, self.device = name, device
 
     @functools.cached_property
     def model(self):
@@ -741,11 +920,7 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (n, d) of unit length, float32."""
-        new = sorted({t for t in texts if t not in self.cache}, key=lambda t: (len(t), t))
-        if new:
-            vectors = self.model.encode(new, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
-            self.cache.update(zip(new, vectors, strict=True))
-        return np.stack([self.cache[t] for t in texts]) if texts else np.zeros((0, 0), np.float32)
+        return self.model.encode(texts, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
 
 
 @functools.cache
@@ -753,15 +928,48 @@ def default_encoder() -> SentenceEncoder:
     return SentenceEncoder()
 
 
+class Similarity:
+    """Similarities of pairs of texts in bulk: by a cross-encoder, or the cosine of sentence embeddings.
+
+    Each pair is scored once in the life of the object and, for embeddings, each text encoded once a call; both in order of length,
+    so that the texts of a batch need little padding.
+    """
+
+    def __init__(self, name: str | None = None, device: str = "cpu"):
+        """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
+        self.cache: dict[tuple[str, str], float] = {}
+        config = Path(name or "") / "config.json"
+        kinds = read_json(config).get("architectures") or [] if name and config.exists() else []
+        self.cross_encoder = None
+        if "cross-encoder/" in (name or "") or any("SequenceClassification" in kind for kind in kinds):
+            from sentence_transformers import CrossEncoder
+
+            self.cross_encoder = CrossEncoder(name, device=device)
+        self.encoder = SentenceEncoder(name, device) if name else default_encoder()
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """-> (n,) similarities of n pairs."""
+        new = sorted({p for p in pairs if p not in self.cache}, key=lambda p: (len(p[0]) + len(p[1]), p))
+        if new and self.cross_encoder:
+            scores = self.cross_encoder.predict(new, batch_size=64, show_progress_bar=False)
+            self.cache.update(zip(new, scores.tolist(), strict=True))
+        elif new:
+            texts = sorted({t for p in new for t in p}, key=lambda t: (len(t), t))
+            row, vectors = {t: i for i, t in enumerate(texts)}, self.encoder(texts)
+            left, right = (vectors[[row[p[side]] for p in new]] for side in (0, 1))
+            self.cache.update(zip(new, np.einsum("nd,nd->n", left, right).tolist(), strict=True))
+        return np.array([self.cache[p] for p in pairs], dtype=np.float32)
+
+
 def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
     """x + y, then x + y without each of the L tokens; pieces: characters [start, end) of `sentence` of each token."""
     return [f"{question} {sentence}"] + [f"{question} {sentence[:a]}{sentence[b:]}" for a, b in pieces]
 
 
-def token_relevance(texts: Sequence[str], encoder: SentenceEncoder) -> np.ndarray:
-    """R_T of eq. 5 (L,): 1 - g(x + y, x + y without the token), g the cosine of embeddings, of `without_each_token`'s texts."""
-    vectors = encoder(texts)
-    return 1 - vectors[1:] @ vectors[0]
+def token_relevance(groups: Sequence[Sequence[str]], similarity: Similarity) -> list[np.ndarray]:
+    """R_T of eq. 5, 1 - g(x + y, x + y without the token), (L,) for each group of texts from `without_each_token`."""
+    scores = similarity([(group[0], text) for group in groups for text in group[1:]])
+    return np.split(1 - scores, np.cumsum([len(group) - 1 for group in groups])[:-1])
 
 
 class ClipScorer:
@@ -813,7 +1021,7 @@ def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> lis
 
 def uncertainties(
     records: Sequence[dict], generations: Sequence[Generation], steps: Sequence[list[Step]],
-    clip: ClipScorer, encoder: SentenceEncoder,
+    clip: ClipScorer, similarity: Similarity,
 ) -> list[np.ndarray]:
     """The four raw uncertainties of every sentence: one array (sentences, 4) a response, columns as ESTIMATORS."""
     pairs = [(r, g, step) for r, g, s in zip(records, generations, steps, strict=True) for step in s]
@@ -824,11 +1032,10 @@ def uncertainties(
         spans = [generation.offsets[i] for i in positions]
         pieces = [(max(a, step.start) - step.start, min(b, step.end) - step.start) for a, b in spans]
         texts.append(without_each_token(record["question"], step.text, pieces))
-    encoder([t for group in texts for t in group])  # all of the batch in one go; looked up below
-    rows = []
-    for (_, generation, _), positions, group, cosine in zip(pairs, tokens, texts, cosines, strict=True):
+    rows, relevances = [], token_relevance(texts, similarity)
+    for (_, generation, _), positions, relevance, cosine in zip(pairs, tokens, relevances, cosines, strict=True):
         logprob, entropy = generation.logprob[positions], generation.entropy[positions]
-        u_sar = token_sar(logprob, torch.from_numpy(token_relevance(group, encoder)))
+        u_sar = token_sar(logprob, torch.from_numpy(relevance))
         u_clip = 1 - max(float(cosine), 0.0)  # eq. 6, as an uncertainty
         rows.append([float(length_normalized_logprob(logprob)), float(mean_token_entropy(entropy)), float(u_sar), u_clip])
     table = np.array(rows, dtype=np.float64).reshape(-1, len(ESTIMATORS))
@@ -879,6 +1086,7 @@ def load_statements() -> dict[int, list[str]]:
     return {int(level): texts for level, texts in read_json(Path(__file__).with_name("statements.json")).items()}
 
 
+@functools.lru_cache(maxsize=65536)
 def _plain(text: str) -> str:
     """Lower case, single spaces, no punctuation: how texts are compared."""
     return " ".join(re.sub(r"[^\w'\s.-]|\.(?!\d)", " ", text.lower().replace("\u2019", "'")).split())
@@ -1009,29 +1217,21 @@ _levels_seen: dict[str, int | None] = {}  # PPO sees the same wordings again and
 
 
 class Matcher:
-    """Tells which generated sentences say the same as which reference sentences; each distinct pair is judged once.
+    """Tells which generated sentences say the same as which reference sentences, for many responses at once.
 
-    name: "exact" (normalised text) or a cross-encoder of sentence-transformers, matched at or above `threshold` (App. D.3).
+    name: "exact" (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3).
     """
 
     def __init__(self, name: str = "exact", threshold: float = 0.64, device: str = "cpu"):
-        self.name, self.threshold, self.cache = name, threshold, {}
-        if name != "exact":
-            from sentence_transformers import CrossEncoder
+        self.threshold, self.similarity = threshold, None if name == "exact" else Similarity(name, device)
 
-            self.model = CrossEncoder(name, device=device)
-
-    def __call__(self, generated: Sequence[str], reference: Sequence[str]) -> np.ndarray:
-        """-> bool (generated, reference)."""
-        pairs = [(_plain(g), _plain(r)) for g in generated for r in reference]
-        if self.name == "exact":
-            matched = [g == r for g, r in pairs]
-        else:
-            new = [p for p in dict.fromkeys(pairs) if p not in self.cache]
-            if new:
-                self.cache.update(zip(new, self.model.predict(new, show_progress_bar=False).tolist(), strict=True))
-            matched = [self.cache[p] >= self.threshold for p in pairs]
-        return np.array(matched, dtype=bool).reshape(len(generated), len(reference))
+    def __call__(self, generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Sentences of n responses and of their n reference chains -> n arrays, bool (generated, reference)."""
+        pairs = [(_plain(g), _plain(r)) for gs, rs in zip(generated, references, strict=True) for g in gs for r in rs]
+        matched = np.array([g == r for g, r in pairs]) if self.similarity is None else self.similarity(pairs) >= self.threshold
+        shapes = [(len(g), len(r)) for g, r in zip(generated, references, strict=True)]
+        parts = np.split(matched.astype(bool), np.cumsum([g * r for g, r in shapes])[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def extract_answer(sentences: Sequence[str]) -> str | None:

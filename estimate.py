@@ -17,6 +17,7 @@ Choices beyond the paper
     python estimate.py --weights 1 1 1 0              # the ablation w/o U_CLIPScore
     python estimate.py --fuse max                     # the ablation w U_Max
     python estimate.py --levels uniform               # uniform intervals (UIC, Table 7)
+    python estimate.py --responses chains.jsonl       # measure given responses (id, image, question, response), no generation
 """
 
 import argparse
@@ -32,6 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = c.Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=["digits"], default="digits", help="data set whose training split is answered")
+    data.add_argument("--responses", metavar="FILE", help="score the responses of a .jsonl file (id, image, question, response) "
+                      "instead of generating them")  # fmt: skip
+    data.add_argument("--allow-bad-records", action="store_true", help="go on when more than a fifth of the records is unusable")
     data.add_argument("--limit", type=int, default=3000, help="number of questions (default: %(default)s)")
     data.add_argument("--noise-scale", type=float, default=1.0, help="digits: multiplies the noise of every image (default: 1)")
     data.add_argument("--cache", default="cache", help="where the digits world keeps its models and images (default: cache/)")
@@ -39,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model", help="vision-language model, hub name or folder (default: the digits world's own)")
     model.add_argument("--clip", help="open_clip model NAME/TAG or folder (default: the digits world's own)")
     model.add_argument("--matcher", default="exact", help="exact, or a cross-encoder model (default: %(default)s)")
+    model.add_argument("--similarity", help="g of TokenSAR: a sentence encoder or cross-encoder (default: all-MiniLM-L6-v2)")
     model.add_argument("--temperature", type=float, default=0.1, help="of sampling (default: %(default)s, App. B)")
     model.add_argument("--max-new-tokens", type=int, default=64, help="longest response (default: %(default)s)")
     model.add_argument("--batch-size", type=int, default=250, help="questions a batch (default: %(default)s)")
@@ -55,23 +60,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--temperature must not be negative")
     if min(args.weights) < 0 or sum(args.weights) == 0:
         problems.append("--weights must not be negative, nor all 0")
+    if args.responses and not Path(args.responses).is_file():
+        problems.append(f"no such file: {args.responses}")
     c.usage_error(*problems)
     return args
 
 
-def respond(model, processor, records, clip, encoder, matcher, args) -> list[dict]:
+def respond(model, processor, records, clip, similarity, matcher, args) -> list[dict]:
     """Answer a batch of questions and measure every sentence: the lines of responses.jsonl, without `u` and `level`."""
-    generations = c.generate(model, processor, records, args.temperature, args.max_new_tokens, args.batch_seed)
+    if args.responses:
+        generations = c.score(model, processor, records, [r["response"] for r in records])
+    else:
+        generations = c.generate(model, processor, records, args.temperature, args.max_new_tokens, args.batch_seed)
     steps = c.parse([g.text for g in generations], statements=False)
-    raw = c.uncertainties(records, generations, steps, clip, encoder)
+    raw = c.uncertainties(records, generations, steps, clip, similarity)
+    matched = matcher([[s.text for s in found] for found in steps], [c.chain(r) for r in records])
     lines = []
-    for record, generation, sentence_steps, values in zip(records, generations, steps, raw, strict=True):
-        correct = matcher([s.text for s in sentence_steps], c.chain(record)).any(1)
+    for record, generation, sentence_steps, values, rows in zip(records, generations, steps, raw, matched, strict=True):
         sentences = [
             {"text": s.text, "start": s.start, "end": s.end, "n_tokens": len(c.step_tokens(generation.offsets, s.start, s.end))}
             | dict(zip(c.ESTIMATORS, map(float, u), strict=True))
-            | {"correct": bool(ok)}
-            for s, u, ok in zip(sentence_steps, values, correct, strict=True)
+            | {"correct": bool(ok) if rows.size else None}
+            for s, u, ok in zip(sentence_steps, values, rows.any(1), strict=True)
         ]
         lines.append(record | {"response": generation.text, "sentences": sentences})
     return lines
@@ -100,7 +110,7 @@ def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
     parts = ["image" if i < len(x["reference"]["image"]) else "reasoning" for x in lines for i in range(len(x["sentences"]))]
     part = np.array(parts)
     wrong = np.array([not s["correct"] for s in sentences])
-    print(f"\n{len(lines)} questions, {len(sentences)} sentences, {1 - wrong.mean():.3f} of them correct")
+    print(f"\n{len(lines)} questions, {len(sentences)} sentences, {1 - wrong.mean():.3f} of them match a reference chain")
     print("AUROC (wrong against right)      all   image  reasoning")
     for name in (*c.ESTIMATORS, "u"):
         values, row = np.array([s[name] for s in sentences]), []
@@ -127,26 +137,34 @@ def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out, world = Path(args.out), c.digits_paths(args.cache, args.seed, args.noise_scale)
-    setup = {"model": args.model or world["model"], "clip": args.clip or world["clip"], "matcher": args.matcher}
+    setup = {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
+    setup |= {"matcher": args.matcher, "similarity": args.similarity}
     setup |= {"data": args.data, "cache": args.cache, "noise_scale": args.noise_scale, "world_seed": args.seed}
+    if args.responses:
+        given = c.usable(c.read_jsonl(args.responses), ("image", "question", "response"), args.allow_bad_records)
     if c.start_run("estimate", args, "responses.jsonl", setup):
         return
     c.build_digits_world(args.cache, args.seed, args.noise_scale, [setup["model"], setup["clip"]])
-    records = c.load_data(args.data, "train", args.limit, args.cache, args.seed, args.noise_scale)
+    if args.responses:
+        blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}
+        records = [{"id": i} | blank | record for i, record in enumerate(given)][: args.limit]
+    else:
+        records = c.load_data(args.data, "train", args.limit, args.cache, args.seed, args.noise_scale)
     partial = out / "partial.jsonl"
     lines = c.read_jsonl(partial) if partial.exists() else []
     lines = lines[: len(lines) // args.batch_size * args.batch_size]  # whole batches only
     c.write_jsonl(partial, lines)
     model, processor = c.load_model(setup["model"], args)
-    clip, encoder, matcher = c.ClipScorer(setup["clip"], args.device), c.default_encoder(), c.Matcher(args.matcher)
+    similarity, matcher = c.Similarity(args.similarity, args.device), c.Matcher(args.matcher, device=args.device)
+    clip = c.ClipScorer(setup["clip"], args.device)
     bar = tqdm(total=len(records), initial=len(lines), desc="estimate")
     while len(lines) < len(records):
         args.batch_seed = args.seed * 1_000_000 + len(lines)
-        batch = respond(model, processor, records[len(lines) : len(lines) + args.batch_size], clip, encoder, matcher, args)
+        batch = respond(model, processor, records[len(lines) : len(lines) + args.batch_size], clip, similarity, matcher, args)
         c.append_jsonl(partial, batch)
         lines += batch
         bar.update(len(batch))
-        bar.set_postfix(correct=f"{np.mean([s['correct'] for line in lines for s in line['sentences']]):.3f}")
+        bar.set_postfix(correct=f"{np.mean([bool(s['correct']) for line in lines for s in line['sentences']]):.3f}")
     bar.close()
     confidence = assign_levels(lines, args)
     c.write_json(out / "confidence.json", confidence)

@@ -431,9 +431,10 @@ def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_t
     """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl."""
     predictions = []
     generations = c.generate(model, processor, records, 0.0, max_new_tokens, seed)
-    for record, generation, steps in zip(records, generations, c.parse([g.text for g in generations]), strict=True):
+    parsed = c.parse([g.text for g in generations])
+    matches = matcher([[s.text for s in steps] for steps in parsed], [c.chain(r) for r in records])
+    for record, generation, steps, matched in zip(records, generations, parsed, matches, strict=True):
         n_image = len(record["reference"]["image"])
-        matched = matcher([s.text for s in steps], c.chain(record))  # (sentences, references)
         sentences = [
             {"text": s.text, "statement": s.statement, "level": s.level, "correct": bool(matched[i].any()),
              "part": "image" if i < n_image else "reasoning"} for i, s in enumerate(steps)

@@ -20,15 +20,18 @@ Choices beyond the paper
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred. No dropout anywhere; policy, old policy and reference come from
     the same forward pass.
- 5. The value head is a two-layer network on the last hidden state; its gradient stops there, so that a bad value cannot harm the
-    policy. It is fitted on the hidden states of the rollout, some passes an update, without clipping (which slows it down:
-    Andrychowicz et al. 2021), and alone in the first updates, on undiscounted sums of rewards.
+ 5. The value head is a two-layer network on the last hidden state, whose gradient stops there, so that a bad value cannot harm
+    the policy. It is also told I(z) and IV(z) of the sentences that ended before (an asymmetric critic, Pinto et al. 2018): they
+    are settled when a statement begins, so as a baseline they leave the gradient unbiased and take out most of its noise. It is
+    fitted on the rollout, some passes an update, without clipping (which slows it down: Andrychowicz et al. 2021), and alone in
+    the first updates, on undiscounted sums of rewards.
  6. The reference is a second, frozen copy of the adapter on the same base weights, or a frozen copy for full fine-tuning.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
 
     python ppo.py --ckpt warmup/
     python ppo.py --ckpt warmup/ --beta 0             # the ablation w/o R_EC (likewise --alpha 0, --gamma 0)
     python ppo.py --ckpt warmup/ --reward-placement end
+    python ppo.py --dry-run --model llava-hf/llava-v1.6-vicuna-7b-hf --load-in-4bit --dtype bfloat16
 """
 
 import argparse
@@ -37,6 +40,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -49,8 +53,8 @@ import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
-    "updates": (80, 200), "batch_size": (64, 16), "lr": (1e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
-    "max_new_tokens": (72, 256),
+    "updates": (60, 200), "batch_size": (64, 16), "lr": (2e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
+    "max_new_tokens": (72, 256), "generate_batch": (192, 8),
 }  # fmt: skip
 
 
@@ -64,16 +68,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     reward.add_argument("--reward-placement", choices=["sentence", "end"], default="sentence", help="see choice 2 above")
     reward.add_argument("--kl-coef", type=float, help="penalty for leaving the warm-up policy (0.03 / 0.03)")
     rollout = parser.add_argument_group("rollouts (defaults: digits / other data)")
-    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (80 / 200)")
+    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (60 / 200)")
     rollout.add_argument("--batch-size", type=int, help="questions a rollout (64 / 16)")
     rollout.add_argument("--samples", type=int, default=3, help="N, responses a question (default: 3, App. B)")
+    rollout.add_argument("--generate-batch", type=int, help="responses generated at once; changes memory (192 / 8)")
     rollout.add_argument("--max-new-tokens", type=int, help="longest response (72 / 256)")
     rollout.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
     update = parser.add_argument_group("update (defaults: digits / other data)")
     update.add_argument("--epochs", type=int, default=2, help="passes over a rollout (default: 2)")
     update.add_argument("--minibatches", type=int, default=4, help="optimizer steps an epoch (default: 4)")
     update.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (48 / 4)")
-    update.add_argument("--lr", type=float, help="learning rate of the policy (1e-4 / 1e-5)")
+    update.add_argument("--lr", type=float, help="learning rate of the policy (2e-4 / 1e-5)")
+    update.add_argument("--warmup-ratio", type=float, default=0.1, help="share of updates with rising learning rate (0.1)")
     update.add_argument("--value-lr", type=float, default=2e-3, help="learning rate of the value head (default: 2e-3)")
     update.add_argument("--value-epochs", type=int, default=8, help="passes of the value head over a rollout (default: 8)")
     update.add_argument("--value-updates", type=int, default=1, help="first updates that train the value head alone (1)")
@@ -84,25 +90,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (default: 1)")
     update.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (default: 10)")
     c.add_run_arguments(parser.add_argument_group("run"), out="ppo")
+    plan = parser.add_argument_group("memory plan")
+    plan.add_argument("--dry-run", action="store_true", help="load nothing, print the memory that a run on --model needs")
+    plan.add_argument("--model", help="hub name, or folder with a config.json, of the base model to plan for")
+    plan.add_argument("--lora-rank", type=int, default=16, help="as given to warmup.py (default: 16)")
+    plan.add_argument("--prompt-tokens", type=int, default=2400, help="longest prompt, image tokens included (default: 2400)")
     args = parser.parse_args(argv)
     numbers = ("updates", "batch_size", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch", "lr", "temperature")
     problems = c.positive(args, *numbers, "clip_range", "max_grad_norm", "save_every")
+    problems += c.positive(args, "generate_batch", "prompt_tokens")
+    problems += ["--dry-run needs --model"] * (args.dry_run and not args.model)
     problems += [f"--{n} must lie between 0 and 1" for n in ("discount", "lam") if not 0 <= getattr(args, n) <= 1]
     c.usage_error(*problems)
     return args
 
 
 class ValueHead(nn.Module):
-    """V(s) from the policy's last hidden state, (..., H) -> (...)."""
+    """V(s) from the policy's last hidden state (..., H) and what is known of the sentences before (..., 3) -> (...)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(hidden_size, 128), nn.Tanh(), nn.Linear(128, 1))
+        self.layers = nn.Sequential(nn.Linear(hidden_size + 3, 128), nn.Tanh(), nn.Linear(128, 1))
         nn.init.zeros_(self.layers[2].weight)
         nn.init.zeros_(self.layers[2].bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.layers(hidden.float()).squeeze(-1)
+    def forward(self, hidden: Tensor, known: Tensor) -> Tensor:
+        return self.layers(torch.cat([hidden.float(), known], -1)).squeeze(-1)
 
 
 @dataclass
@@ -117,7 +130,6 @@ class Rollout:
     logprob: Tensor  # (B, T) of the policy that sampled
     ref_logprob: Tensor  # (B, T) of the warm-up policy
     hidden: Tensor  # (B, T, H) last hidden state before each token
-    value: Tensor  # (B, T) V(s) before each token
 
 
 @dataclass
@@ -129,16 +141,14 @@ class Models:
 
     def forward(self, records: list[dict], ids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """One pass of the policy -> log-probability (B, T), entropy (B, T) and last hidden state (B, T, H) of response tokens."""
-        batch = c.collate(self.processor, records, ids, self.policy.device)
-        hidden = c.response_hidden(self.policy, batch)
-        return *c.response_statistics(self.policy, batch, hidden), hidden
+        return c.response_statistics(self.policy, c.collate(self.processor, records, ids, self.policy.device))
 
     def ref_logprob(self, records: list[dict], ids: list[list[int]]) -> Tensor:
         batch = c.collate(self.processor, records, ids, self.policy.device)
         model = self.reference or self.policy
         if self.reference is None:
             self.policy.set_adapter("reference")
-        logprob, _ = c.response_statistics(model, batch, c.response_hidden(model, batch))
+        logprob, _, _ = c.response_statistics(model, batch)
         if self.reference is None:
             self.policy.set_adapter("default")
         return logprob
@@ -148,23 +158,29 @@ class Models:
 def rollout(models: Models, questions: list[dict], args: argparse.Namespace, seed: int) -> Rollout:
     """Sample args.samples responses a question from the policy, and keep what the update needs to know of them."""
     records = [q for q in questions for _ in range(args.samples)]
-    generations = c.generate(models.policy, models.processor, records, args.temperature, args.max_new_tokens, seed)
+    known = models.policy.dtype == torch.float32  # then generation has the numbers of the update's pass; bfloat16 rounds otherwise
+    generations = []
+    for part in c._chunks(records, args.generate_batch):
+        sampling = (args.temperature, args.max_new_tokens, seed + 1_000_003 * len(generations), known)
+        generations += c.generate(models.policy, models.processor, part, *sampling)
     steps = c.parse([g.text for g in generations])
     B, T = len(records), max(len(g.ids) for g in generations)
     mask, statement = torch.zeros(2, B, T, dtype=torch.bool)
+    logprob, ref_logprob = torch.zeros(2, B, T)
+    hidden = torch.zeros(B, T, models.value_head.layers[0].in_features - 3)
     for row, (generation, sentence_steps) in enumerate(zip(generations, steps, strict=True)):
         mask[row, : len(generation.ids)] = True
+        if known:
+            logprob[row, : len(generation.ids)], hidden[row, : len(generation.ids)] = generation.logprob, generation.hidden
         for step in sentence_steps:
             statement[row, c.step_tokens(generation.offsets, step.end, step.stop)] = True
-    logprob, ref_logprob = torch.zeros(2, B, T)
-    hidden = torch.zeros(B, T, models.policy.get_output_embeddings().in_features)
     for rows in torch.arange(B).split(args.micro_batch):
         part, ids = [records[i] for i in rows], [generations[i].ids for i in rows]
         width = max(map(len, ids))
-        logprob[rows, :width], _, hidden[rows, :width] = (x.float().cpu() for x in models.forward(part, ids))
+        if not known:
+            logprob[rows, :width], _, hidden[rows, :width] = (x.float().cpu() for x in models.forward(part, ids))
         ref_logprob[rows, :width] = models.ref_logprob(part, ids).cpu()
-    value = models.value_head(hidden.to(models.policy.device)).cpu() * mask
-    return Rollout(records, generations, steps, mask, statement, logprob, ref_logprob, hidden, value)
+    return Rollout(records, generations, steps, mask, statement, logprob, ref_logprob, hidden)
 
 
 def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,17 +217,28 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
 class Judge:
     """I(z_t) by the matcher and IV(z_t) by the estimators of the estimate run, on the logits the policy sampled from."""
 
-    def __init__(self, confidence: dict, clip: c.ClipScorer, encoder: c.SentenceEncoder, matcher: c.Matcher):
-        self.confidence, self.clip, self.encoder, self.matcher = confidence, clip, encoder, matcher
+    def __init__(self, confidence: dict, clip: c.ClipScorer, similarity: c.Similarity, matcher: c.Matcher):
+        self.confidence, self.clip, self.similarity, self.matcher = confidence, clip, similarity, matcher
 
     def __call__(self, roll: Rollout) -> list[tuple[np.ndarray, np.ndarray]]:
-        raw = c.uncertainties(roll.records, roll.generations, roll.steps, self.clip, self.encoder)
+        raw = c.uncertainties(roll.records, roll.generations, roll.steps, self.clip, self.similarity)
+        matched = self.matcher([[s.text for s in steps] for steps in roll.steps], [c.chain(r) for r in roll.records])
         judged = []
-        for record, steps, values in zip(roll.records, roll.steps, raw, strict=True):
-            correct = self.matcher([s.text for s in steps], c.chain(record)).any(1)
+        for correct, values in zip(matched, raw, strict=True):
             levels = c.to_level(c.fuse(values, self.confidence), self.confidence)
-            judged.append((correct, np.array([c.conf(level) for level in levels])))
+            judged.append((correct.any(1), np.array([c.conf(level) for level in levels])))
         return judged
+
+
+def known_before(roll: Rollout, judged: list) -> Tensor:
+    """What the value head is told at each token (B, T, 3) of the sentences that ended before it: I and IV of the latest one, and
+    the share of right ones; 0 in the first sentence."""
+    known = torch.zeros(*roll.mask.shape, 3)
+    for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
+        for t, step in enumerate(steps):
+            after = c.step_tokens(roll.generations[row].offsets, step.start, step.end)[-1] + 1
+            known[row, after:] = torch.tensor([float(correct[t]), float(internal[t]), float(np.mean(correct[: t + 1]))])
+    return known
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -244,13 +271,13 @@ def value_loss(value: Tensor, returns: Tensor) -> Tensor:
     return 0.5 * (value - returns) ** 2
 
 
-def fit_value(value_head: ValueHead, optimizer, hidden: Tensor, returns: Tensor, epochs: int, seed: int) -> float:
-    """Passes of the value head over the tokens of a rollout, hidden (tokens, H) and returns (tokens,) -> mean loss."""
+def fit_value(value_head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns: Tensor, epochs: int, seed: int) -> float:
+    """Passes of the value head over a rollout's tokens: hidden (tokens, H), known (tokens, 3), returns (tokens,) -> mean loss."""
     generator, losses = torch.Generator().manual_seed(seed), []
     for _ in range(epochs):
         for rows in torch.randperm(len(returns), generator=generator).split(1024):
             optimizer.zero_grad()
-            loss = value_loss(value_head(hidden[rows]), returns[rows]).mean()
+            loss = value_loss(value_head(hidden[rows], known[rows]), returns[rows]).mean()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -297,16 +324,19 @@ def train_update(models: Models, optimizers: dict, questions: list[dict], judge,
     scores, parts = rewards(roll, judged, args)
     log_ratio = (roll.logprob - roll.ref_logprob) * roll.mask
     lam = 1.0 if value_only else args.lam
-    advantages, returns = gae(scores - args.kl_coef * log_ratio, roll.value, roll.mask, args.discount, lam)
-    b_advantages, b_returns, b_values = advantages[roll.mask], returns[roll.mask], roll.value[roll.mask]
+    device = models.policy.device
+    hidden, known = roll.hidden[roll.mask].to(device), known_before(roll, judged)[roll.mask].to(device)
+    with torch.no_grad():
+        values = torch.zeros(roll.mask.shape).masked_scatter(roll.mask, models.value_head(hidden, known).cpu())
+    advantages, returns = gae(scores - args.kl_coef * log_ratio, values, roll.mask, args.discount, lam)
+    b_advantages, b_returns, b_values = advantages[roll.mask], returns[roll.mask], values[roll.mask]
     scaled = advantages / (b_advantages.std() + 1e-8)
     scored = time.time()
     stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"))
     if not value_only:
         stats = update(models, optimizers["policy"], roll, scaled, args, seed)
-    device = models.policy.device
-    hidden, epochs = roll.hidden[roll.mask].to(device), args.value_epochs * (5 if value_only else 1)
-    stats["value_loss"] = fit_value(models.value_head, optimizers["value"], hidden, b_returns.to(device), epochs, seed)
+    epochs = args.value_epochs * (5 if value_only else 1)
+    stats["value_loss"] = fit_value(models.value_head, optimizers["value"], hidden, known, b_returns.to(device), epochs, seed)
     k3 = ((-log_ratio).exp() - 1 + log_ratio).sum(1).mean()
     levels = [step.level for steps in roll.steps for step in steps]
     said = [(ok, level) for ok, level in zip(np.concatenate([ok for ok, _ in judged]), levels, strict=True) if level]
@@ -341,6 +371,79 @@ def load_models(ckpt: Path, args: argparse.Namespace) -> Models:
     return Models(policy, reference, value_head, processor)
 
 
+def load_judge(confidence: dict, setup: dict, args: argparse.Namespace) -> Judge:
+    similarity, matcher = c.Similarity(setup["similarity"], args.device), c.Matcher(setup["matcher"], device=args.device)
+    return Judge(confidence, c.ClipScorer(setup["clip"], args.device), similarity, matcher)
+
+
+def make_optimizers(models: Models, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
+    return {
+        "policy": torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0),
+    }
+
+
+class _AttentionShape(torch.autograd.Function):
+    """What a fused attention kernel saves (q, k, v, its output, a log-sum-exp a row), for the meta device, which has none."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def memory_plan(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes of what a run on `args.model` holds at its peak, from the architecture alone: it is built on the meta device, and the
+    activations are what autograd saves there for one micro-batch. Exits with code 2 where no LoRA target is found."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    dtype, config = getattr(torch, args.dtype), AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head] if args.load_in_4bit else []
+    packed = {id(w) for w in linear}  # NF4: half a byte, and an 8-bit scale a block of 64 with a float32 scale a 256 of those
+    bytes_of = lambda ps: sum(p.numel() * (0.5 + (1 + 4 / 256) / 64 if id(p) in packed else p.element_size()) for p in ps)  # noqa: E731
+    plan = {"weights": bytes_of(model.parameters())}
+    if args.lora_rank:
+        model = c.add_lora(model, args.lora_rank)
+    else:
+        c.freeze_vision(model)
+    trained, text, decoder = [p for p in model.parameters() if p.requires_grad], config.get_text_config(), model.get_decoder()
+    plan["adapters" if args.lora_rank else "reference copy"] = 2 * bytes_of(trained) if args.lora_rank else plan["weights"]
+    plan |= {"gradients": bytes_of(trained), "optimizer": 2 * bytes_of(trained)}
+    length, rows, size = args.prompt_tokens + args.max_new_tokens, args.batch_size * args.samples, dtype.itemsize
+    plan["rollout's hidden states"] = 2 * rows * args.max_new_tokens * text.hidden_size * 4
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    sampling = {"KV cache": 2 * (text.num_hidden_layers + 1) * min(rows, args.generate_batch) * length * width * size}
+    sampling["logits"] = 4 * min(rows, args.generate_batch) * text.vocab_size * 4
+    saved = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+
+    embeds = torch.empty(args.micro_batch, length, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    mask = torch.empty(args.micro_batch, 1, length, length, device="meta", dtype=torch.bool)
+    attention = patch.object(nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: _AttentionShape.apply(q, k, v))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), attention:
+        decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+    update = {"activations": sum(storage.nbytes() for storage in saved.values())}
+    if args.gradient_checkpointing:  # the input of every layer, and all of one layer at a time
+        layers = text.num_hidden_layers
+        update["activations"] = layers * embeds.nelement() * size + update["activations"] / layers
+    update["logits in blocks"] = 5 * 4 * c._HeadStatistics.ROWS * min(c._HeadStatistics.BLOCK, text.vocab_size)
+    update["a layer unpacked"] = max((w.numel() * size for w in linear), default=0)
+    print(f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
+    plan |= {f"sampling: {k}": v for k, v in sampling.items()} | {f"update: {k}": v for k, v in update.items()}
+    larger = max(sum(sampling.values()), sum(update.values()))
+    return plan | {"peak": larger + sum(v for k, v in plan.items() if ": " not in k)}
+
+
 def plot(log: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -366,6 +469,11 @@ def plot(log: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.dry_run:
+        c.fill_defaults(args, DEFAULTS, {"data": "real"})
+        for name, size in memory_plan(args).items():
+            print(f"  {name:28s} {size / 1e9:8.3f} GB")
+        return
     ckpt, out = Path(args.ckpt), Path(args.out)
     config = c.read_run(ckpt, "sft.jsonl", "confidence.json", "done")
     setup = config["setup"]
@@ -377,12 +485,7 @@ def main(argv: list[str] | None = None) -> None:
     c.write_json(out / "confidence.json", confidence)
     shutil.copy(ckpt / "sft.jsonl", out)
     models = load_models(ckpt, args)
-    judge = Judge(confidence, c.ClipScorer(setup["clip"], args.device), c.default_encoder(), c.Matcher(setup["matcher"]))
-    trained = [p for p in models.policy.parameters() if p.requires_grad]
-    optimizers = {
-        "policy": torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-        "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0),
-    }
+    judge, optimizers = load_judge(confidence, setup, args), make_optimizers(models, args)
     modules = {"policy": models.policy, "value_head": models.value_head}
     start = c.load_checkpoint(out / "trainer_state.pt", modules, optimizers)
     log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
@@ -392,6 +495,7 @@ def main(argv: list[str] | None = None) -> None:
         epoch, position = divmod(step * args.batch_size, len(questions))
         order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in (epoch, epoch + 1)])
         picked = [questions[i] for i in order[position : position + args.batch_size]]
+        c.warmup_then_linear(optimizers["policy"], step, args.updates, [args.lr], args.warmup_ratio)
         stats = train_update(models, optimizers, picked, judge, args, args.seed * 1_000_000 + step, step < args.value_updates)
         log.append({"update": step} | stats)
         c.append_jsonl(out / "log.jsonl", log[-1:])

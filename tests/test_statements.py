@@ -94,9 +94,9 @@ def test_known_statements_need_no_encoder(monkeypatch):
 
 def test_matching_and_answers():
     matcher = c.Matcher("exact")
-    matched = matcher(["the left digit is  3", "3 plus 5 is 9."], CHAIN)
+    matched, none = matcher([["the left digit is  3", "3 plus 5 is 9."], []], [CHAIN, CHAIN])
     assert matched.tolist() == [[True, False, False, False], [False] * 4]
-    assert matcher([], CHAIN).shape == (0, 4)
+    assert none.shape == (0, 4)
     assert c.extract_answer(["x", "Therefore, the answer is 'warm'."]) == "warm"
     assert c.extract_answer(["So the answer is a sponge cake."]) == "a sponge cake"
     assert c.extract_answer(["I do not know."]) is None and c.extract_answer([]) is None

@@ -1,0 +1,155 @@
+"""How fast are the estimators? Run by hand: python tests/bench_estimators.py [--help]"""
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from benchmark import machine, report
+
+import common as c
+
+
+def token_statistics(args) -> None:
+    """Log-probability and entropy of every token, from the last hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(args.tokens, args.hidden, generator=generator)
+    head = torch.nn.Linear(args.hidden, args.vocab, bias=False)
+    targets = torch.randint(args.vocab, (args.tokens,), generator=generator)
+
+    def bare():
+        for rows in hidden.split(64):
+            head(rows)
+
+    def naive():
+        logp = torch.stack([head(h) for h in hidden]).log_softmax(-1)
+        return logp.gather(-1, targets[:, None]), -(logp.exp() * logp).sum(-1)
+
+    variants = {"bare matrix product": bare, "ours": lambda: c.head_statistics(hidden, head, targets), "naive": naive}
+    with torch.no_grad():
+        report(f"token statistics, {args.tokens} tokens x {args.vocab:,}", variants, "bare matrix product", args.runs)
+    hidden, head = hidden[: args.tokens // 4].requires_grad_(), head.requires_grad_(False)
+    targets = targets[: args.tokens // 4]
+
+    def bare_gradient():
+        for rows in hidden.detach().split(64):
+            head(rows)  # forward
+            head(rows) @ head.weight  # made again, and back
+
+    def plain():
+        logp = head(hidden).log_softmax(-1)
+        (logp.gather(-1, targets[:, None]).sum() - (logp.exp() * logp).sum()).backward()
+
+    variants = {"bare matrix products": bare_gradient, "plain": plain}
+    variants["ours"] = lambda: sum(x.sum() for x in c.head_statistics(hidden, head, targets)).backward()
+    report(f"... with gradient, {len(hidden)} tokens", variants, "bare matrix products", args.runs)
+
+
+def generation(args) -> None:
+    """Sampling with and without statistics, the same tokens."""
+    from transformers import GenerationConfig
+
+    processor = c.build_digits_processor()
+    torch.manual_seed(0)
+    model = c.build_digits_model(processor, hidden_size=args.width, layers=args.layers, vocab_size=args.generation_vocab).eval()
+    pixels = [c.draw_digits(np.random.default_rng(i), "base")[0] for i in range(args.batch)]
+    records = [{"image": c.to_image(x), "question": "?"} for x in pixels]
+    config = GenerationConfig(
+        max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0, eos_token_id=2, pad_token_id=0
+    )
+    batch = c.collate(processor, records)
+
+    @torch.no_grad()
+    def sample(recorder):
+        torch.manual_seed(1)
+        processors = [recorder] if recorder else []
+        return model.generate(**batch.inputs, generation_config=config, logits_processor=processors)
+
+    assert torch.equal(sample(None), sample(c.StatisticsRecorder(None)))
+    variants = {"plain generate": lambda: sample(None), "with statistics": lambda: sample(c.StatisticsRecorder(None))}
+    size = f"{args.layers} layers of {args.width}, vocabulary {args.generation_vocab:,}"
+    report(f"generation, batch {args.batch}, {args.new_tokens} tokens, {size}", variants, "plain generate", args.runs, memory=False)
+
+
+def build_cross_encoder(folder: Path) -> str:
+    """A cross-encoder of MiniLM's size with random weights, with the tokenizer of the packaged sentence encoder."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = c.default_encoder().model.tokenizer
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+        num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def relevance(args) -> None:
+    """TokenSAR's leave-one-token-out similarities."""
+    digits = [(f, a, b) for f in c.FAMILIES for a in range(10) for b in range(10)]
+    chains = [(c.FAMILIES[f], s) for f, a, b in digits for s in c.chain({"reference": c.digit_chain(f, a, b)})]
+    texts = list(dict.fromkeys(chains))
+    groups = []
+    for question, sentence in texts[:: max(1, len(texts) // args.sentences)][: args.sentences]:
+        words = [m.span() for m in re.finditer(r"\s?\S+", sentence)]
+        groups.append(c.without_each_token(question, sentence, words))
+    with tempfile.TemporaryDirectory() as folder:
+        relevance_by(c.Similarity(), "sentence embeddings", groups, args)
+        relevance_by(c.Similarity(build_cross_encoder(Path(folder))), "cross-encoder", groups, args)
+
+
+def relevance_by(similarity: c.Similarity, kind: str, groups: list[list[str]], args) -> None:
+    pairs = [(g[0], t) for g in groups for t in g[1:]]
+
+    def ours():
+        similarity.cache.clear()
+        c.token_relevance(groups, similarity)
+
+    def bare():
+        if similarity.cross_encoder:
+            similarity.cross_encoder.predict(sorted(set(pairs), key=lambda p: len(p[0]) + len(p[1])), batch_size=64)
+        else:
+            similarity.encoder(sorted({t for p in pairs for t in p}, key=len))
+
+    def one_by_one():
+        for group in groups:
+            for i in range(1, len(group), 10):
+                if similarity.cross_encoder:
+                    similarity.cross_encoder.predict([(group[0], t) for t in group[i : i + 10]])
+                else:
+                    similarity.encoder([group[0], *group[i : i + 10]])
+
+    variants = {"bare encoder": bare, "ours": ours, "ours, seen before": lambda: c.token_relevance(groups, similarity)}
+    variants["one call a sentence"] = one_by_one
+    title = f"TokenSAR by {kind}, {len(groups)} sentences, {len(pairs)} pairs"
+    report(title, variants, "bare encoder", args.runs, memory=False, per=len(groups), unit="sentences")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["token_statistics", "generation", "relevance"], help="what to measure")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocab", type=int, default=152_000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--generation-vocab", type=int, default=32_000)
+    parser.add_argument("--sentences", type=int, default=266)
+    args = parser.parse_args()
+    print(machine())
+    for part in args.parts:
+        {"token_statistics": token_statistics, "generation": generation, "relevance": relevance}[part](args)
+
+
+if __name__ == "__main__":
+    main()
