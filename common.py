@@ -24,16 +24,19 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -43,6 +46,13 @@ from transformers import LogitsProcessor
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
+# The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# What a model is asked (the digits model knows its questions bare); edit it here, every stage uses it.
+PROMPT = (
+    "{question}\nFirst say what the image shows that matters, then reason from it to the answer, in short sentences that each "
+    'state one fact. End with "So, the answer is ...".'
+)
 
 # ------------------------------------------------------------------------------------------------------------- run folders
 
@@ -73,9 +83,17 @@ def add_run_arguments(group, out: str) -> None:
     group.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random (default: 0)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    group.add_argument("--attn", help="transformers' attention: sdpa, eager, flash_attention_2 (default: its choice)")
     group.add_argument("--load-in-4bit", action="store_true", help="NF4 base weights (bitsandbytes)")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="training: less memory for a second forward pass")
     group.add_argument("--overwrite", action="store_true", help="start over in a folder that holds another run")
+
+
+def add_training_arguments(group) -> None:
+    group.add_argument("--lora-rank", type=int, help="rank of a new LoRA adapter; 0 trains all weights (0 / 16)")
+    group.add_argument("--lora-alpha", type=float, help="scale of the adapter (default: twice the rank)")
+    group.add_argument("--lora-targets", metavar="REGEX", default=LORA_TARGETS, help="layers that get it (default: every linear "
+                       "layer of the language model)")  # fmt: skip
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a second forward pass")
 
 
 def fill_defaults(args: argparse.Namespace, defaults: dict[str, tuple], setup: dict) -> None:
@@ -143,8 +161,8 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
     never touched without --overwrite (exit code 2).
     """
     out, resolved = Path(args.out), {k: v for k, v in vars(args).items() if k != "overwrite"}
-    path = out / "config.json"
-    if out.is_dir() and any(out.iterdir()):
+    path, finished = out / "config.json", [False]
+    if rank() == 0 and out.is_dir() and any(out.iterdir()):
         if not path.exists() or "args" not in read_json(path):
             usage_error(f"{out}/ is not empty and holds no run of this project; choose another --out")
         if args.overwrite:
@@ -154,8 +172,18 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
             usage_error(f"{out}/ holds a run with other settings; choose another --out or add --overwrite")
         elif (out / done).exists():
             print(f"{out}/ already holds this run; --overwrite repeats it")
-            return True
-    out.mkdir(parents=True, exist_ok=True)
+            finished = [True]
+    if dist.is_initialized():
+        dist.broadcast_object_list(finished)
+    if finished[0]:
+        return True
+    if rank() > 0:
+        args.out = tempfile.mkdtemp()
+        for name in ("trainer_state.pt", "log.jsonl"):  # read by a run that continues
+            if (out / name).exists():
+                shutil.copy(out / name, args.out)
+        path = Path(args.out) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     versions = {}
     for name in ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -164,6 +192,48 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
     config = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
     write_json(path, config)
     return False
+
+
+# --------------------------------------------------------------------------------------------------- more than one process
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under `torchrun` or `accelerate launch`: join the other processes, one device each. Each works on its share of every batch,
+    and gradients are summed; only the first writes to args.out, the others to a folder that is thrown away."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if args.batch_size % world_size():
+        usage_error(f"--batch-size {args.batch_size} cannot be divided among {world_size()} processes")
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's contiguous part of a batch."""
+    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def sum_gradients(module: torch.nn.Module) -> None:
+    """Add up the gradients of all processes, whose losses are normalised by the whole batch."""
+    for parameter in module.parameters() if dist.is_initialized() else ():
+        if parameter.requires_grad:
+            parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 # -------------------------------------------------------------------------------------------------------------------- data
@@ -177,7 +247,7 @@ FAMILIES = {
     "larger": "Which of the two digits is larger?",
 }
 DATASETS = ("digits", "digits-ood")
-MISREAD = 0.2  # share of misread sentences in the base model's training chains
+MISREAD = 0.35  # share of misread sentences in the base model's training chains
 
 
 @functools.cache
@@ -248,7 +318,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return scan
 
 
-def load_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
+def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}].
 
     The first n questions are the same for every limit. Images are rendered into `cache` once.
@@ -292,7 +362,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=512)
 def load_image(path: str) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
@@ -493,17 +563,14 @@ def build_digits_world(cache: str | Path, seed: int, noise_scale: float, needed:
             done.touch()
 
 
-# The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-
-def add_lora(model, rank: int):
+def add_lora(model, args: argparse.Namespace):
     """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
     from peft import LoraConfig, get_peft_model
 
-    if not any(re.fullmatch(LORA_TARGETS, name) for name, _ in model.named_modules()):
-        usage_error(f"{type(model).__name__} has no layer that matches the LoRA targets {LORA_TARGETS}")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
+    if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
+        usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
+    alpha = args.lora_alpha or 2 * args.lora_rank
+    return get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=args.lora_targets))
 
 
 def freeze_vision(model) -> None:
@@ -516,38 +583,41 @@ def enable_checkpointing(model) -> None:
     """Keep the input of each layer instead of all it computes. It needs train mode, which nothing else may notice: no dropout."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
+    (model.get_base_model() if hasattr(model, "get_base_model") else model).recomputes_layers = True
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
 
-def load_model(path: str | Path, args: argparse.Namespace, lora_rank: int = 0, trainable: bool = False):
+def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = False):
     """Model and processor of a Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
-    lora_rank > 0 puts a new adapter on a model that has none; then only the adapter is trained.
+    args.lora_rank > 0 puts a new adapter on a model that is to be trained and has none; then only the adapter is trained.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     adapter = Path(path) / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
     dtype = getattr(torch, args.dtype)
-    options = {"dtype": dtype}
+    options = {"dtype": dtype, "device_map": {"": args.device}}
+    if args.attn:
+        options["attn_implementation"] = args.attn
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(base, **options).to(args.device)
+    model = AutoModelForImageTextToText.from_pretrained(base, **options)
     if adapter.exists():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    elif lora_rank:
+    elif trainable and args.lora_rank:
         from peft import prepare_model_for_kbit_training
 
         if args.load_in_4bit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = add_lora(model, lora_rank)
+        model = add_lora(model, args)
     if trainable:
         if not hasattr(model, "peft_config"):
             freeze_vision(model)
@@ -610,7 +680,8 @@ class Batch:
 
 
 def prompt_text(record: dict) -> str:
-    return record["question"] + (f" Choices: {', '.join(record['choices'])}." if record.get("choices") else "")
+    question = record["question"] + (f" Choices: {', '.join(record['choices'])}." if record.get("choices") else "")
+    return question if str(record.get("id", "digits")).startswith("digits") else PROMPT.format(question=question)
 
 
 def collate(processor, records: Sequence[dict], responses: Sequence[Sequence[int]] | None = None, device="cpu") -> Batch:
@@ -628,9 +699,11 @@ def collate(processor, records: Sequence[dict], responses: Sequence[Sequence[int
     for row, response in enumerate(responses):
         ids[row, : len(response)] = torch.tensor(response, dtype=torch.long)
         mask[row, : len(response)] = True
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.long()], 1)
     inputs.pop("token_type_ids", None)
+    prompt = inputs["input_ids"].shape
+    for name, value in inputs.items():
+        if value.shape == prompt:  # others a position: mm_token_type_ids, 0 where the token is text
+            inputs[name] = torch.cat([value, {"input_ids": ids, "attention_mask": mask.long()}.get(name, torch.zeros_like(ids))], 1)
     return Batch({k: v.to(device) for k, v in inputs.items()}, ids.to(device), mask.to(device))
 
 
@@ -644,7 +717,7 @@ def response_statistics(model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and last hidden state (B, T, H) of the
     response tokens: the state at position t - 1 predicts token t. Only response tokens meet the output head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    model.train(base.is_gradient_checkpointing and torch.is_grad_enabled())
+    model.train(getattr(base, "recomputes_layers", False) and torch.is_grad_enabled())  # see enable_checkpointing
     head, before = model.get_output_embeddings(), slice(batch.start - 1, -1)
     targets = batch.responses[batch.mask]
     if head is not None:
@@ -973,7 +1046,10 @@ def token_relevance(groups: Sequence[Sequence[str]], similarity: Similarity) -> 
 
 
 class ClipScorer:
-    """Cosine between the CLIP embeddings of images and sentences; each image and each sentence is encoded once."""
+    """Cosine between the CLIP embeddings of images and sentences; each image and each sentence is encoded once.
+
+    A sentence longer than the text encoder's context (77 tokens for CLIP) is halved until its parts fit; embeddings are averaged.
+    """
 
     def __init__(self, name: str, device: str = "cpu"):
         """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
@@ -986,6 +1062,13 @@ class ClipScorer:
         self.tokenizer, self.device = open_clip.get_tokenizer(model), device
         self.images, self.sentences = {}, {}
 
+    def windows(self, sentence: str) -> list[str]:
+        words = sentence.split()
+        if int(self.tokenizer(sentence)[0, -1]) == 0 or len(words) < 2:  # the last place is free: it fits
+            return [sentence]
+        half = len(words) // 2
+        return self.windows(" ".join(words[:half])) + self.windows(" ".join(words[half:]))
+
     @torch.no_grad()
     def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
         """Cosines (n,) of n pairs of image path and sentence."""
@@ -993,8 +1076,11 @@ class ClipScorer:
             pixels = torch.stack([self.preprocess(load_image(p)) for p in paths]).to(self.device)
             self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
         for texts in _chunks([s for s in dict.fromkeys(sentences) if s not in self.sentences], 256):
-            vectors = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1).cpu().numpy()
-            self.sentences.update(zip(texts, vectors, strict=True))
+            parts = [self.windows(text) for text in texts]
+            tokens = self.tokenizer([window for part in parts for window in part]).to(self.device)
+            vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(part) for part in parts])
+            means = F.normalize(torch.stack([v.mean(0) for v in vectors]), dim=-1).cpu().numpy()
+            self.sentences.update(zip(texts, means, strict=True))
         return np.array([self.images[p] @ self.sentences[s] for p, s in zip(images, sentences, strict=True)])
 
 

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}
         records = [{"id": i} | blank | record for i, record in enumerate(given)][: args.limit]
     else:
-        records = c.load_data(args.data, "train", args.limit, args.cache, args.seed, args.noise_scale)
+        records = c.digits_data(args.data, "train", args.limit, args.cache, args.seed, args.noise_scale)
     partial = out / "partial.jsonl"
     lines = c.read_jsonl(partial) if partial.exists() else []
     lines = lines[: len(lines) // args.batch_size * args.batch_size]  # whole batches only

@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     if c.start_run("evaluate", args, "metrics.json", setup):
         return
     where = (setup["cache"], setup["world_seed"], setup["noise_scale"])
-    records = c.load_data(args.data, args.split, args.limit, *where)
+    records = c.digits_data(args.data, args.split, args.limit, *where)
     model, processor = c.load_model(args.ckpt, args)
     matcher, path = c.Matcher(setup["matcher"], device=args.device), out / "predictions.jsonl"
     predictions = c.read_jsonl(path) if path.exists() else []

@@ -44,6 +44,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ import common as c
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
     "updates": (60, 200), "batch_size": (64, 16), "lr": (2e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
-    "max_new_tokens": (72, 256), "generate_batch": (192, 8),
+    "max_new_tokens": (72, 256), "generate_batch": (192, 8), "lora_rank": (0, 16),
 }  # fmt: skip
 
 
@@ -90,10 +91,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     update.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (default: 1)")
     update.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (default: 10)")
     c.add_run_arguments(parser.add_argument_group("run"), out="ppo")
-    plan = parser.add_argument_group("memory plan")
+    plan = parser.add_argument_group("memory plan, and as given to warmup.py")
+    c.add_training_arguments(plan)
     plan.add_argument("--dry-run", action="store_true", help="load nothing, print the memory that a run on --model needs")
     plan.add_argument("--model", help="hub name, or folder with a config.json, of the base model to plan for")
-    plan.add_argument("--lora-rank", type=int, default=16, help="as given to warmup.py (default: 16)")
     plan.add_argument("--prompt-tokens", type=int, default=2400, help="longest prompt, image tokens included (default: 2400)")
     args = parser.parse_args(argv)
     numbers = ("updates", "batch_size", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch", "lr", "temperature")
@@ -155,13 +156,16 @@ class Models:
 
 
 @torch.no_grad()
-def rollout(models: Models, questions: list[dict], args: argparse.Namespace, seed: int) -> Rollout:
-    """Sample args.samples responses a question from the policy, and keep what the update needs to know of them."""
+def rollout(models: Models, questions: list[dict], args: argparse.Namespace, seed: int, first: int = 0) -> Rollout:
+    """Sample args.samples responses a question from the policy, and keep what the update needs to know of them.
+
+    first: how many responses of the same batch other processes draw before these, so that no two draw with the same seed.
+    """
     records = [q for q in questions for _ in range(args.samples)]
     known = models.policy.dtype == torch.float32  # then generation has the numbers of the update's pass; bfloat16 rounds otherwise
     generations = []
     for part in c._chunks(records, args.generate_batch):
-        sampling = (args.temperature, args.max_new_tokens, seed + 1_000_003 * len(generations), known)
+        sampling = (args.temperature, args.max_new_tokens, seed + 1_000_003 * (first + len(generations)), known)
         generations += c.generate(models.policy, models.processor, part, *sampling)
     steps = c.parse([g.text for g in generations])
     B, T = len(records), max(len(g.ids) for g in generations)
@@ -274,11 +278,13 @@ def value_loss(value: Tensor, returns: Tensor) -> Tensor:
 def fit_value(value_head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns: Tensor, epochs: int, seed: int) -> float:
     """Passes of the value head over a rollout's tokens: hidden (tokens, H), known (tokens, 3), returns (tokens,) -> mean loss."""
     generator, losses = torch.Generator().manual_seed(seed), []
+    steps = -(-int(c.total(torch.tensor(len(returns), device=returns.device))) // (1024 * c.world_size()))  # of about 1024 tokens
     for _ in range(epochs):
-        for rows in torch.randperm(len(returns), generator=generator).split(1024):
+        for rows in torch.randperm(len(returns), generator=generator).tensor_split(steps):
             optimizer.zero_grad()
-            loss = value_loss(value_head(hidden[rows], known[rows]), returns[rows]).mean()
+            loss = value_loss(value_head(hidden[rows], known[rows]), returns[rows]).mean() / c.world_size()
             loss.backward()
+            c.sum_gradients(value_head)
             optimizer.step()
             losses.append(loss.item())
     return float(np.mean(losses))
@@ -294,8 +300,8 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
     for _ in range(args.epochs):
         for mb_rows in torch.randperm(len(roll.records), generator=generator).chunk(args.minibatches):
             optimizer.zero_grad()
-            tokens = roll.mask[mb_rows].sum()
-            statements = roll.statement[mb_rows].sum().clamp(min=1)
+            tokens = c.total(roll.mask[mb_rows].sum().to(device))
+            statements = c.total(roll.statement[mb_rows].sum().to(device)).clamp(min=1)
             for rows in mb_rows.split(args.micro_batch):
                 records, ids = [roll.records[i] for i in rows], [roll.generations[i].ids for i in rows]
                 width = max(map(len, ids))
@@ -309,6 +315,7 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
                 for name, values in token_stats.items():
                     sums[name] = sums.get(name, 0.0) + values.detach().sum().item()
                 sums["tokens"] = sums.get("tokens", 0) + int(mask.sum())
+            c.sum_gradients(models.policy)
             norms.append(nn.utils.clip_grad_norm_(models.policy.parameters(), args.max_grad_norm).item())
             optimizer.step()
     total = sums.pop("tokens")
@@ -316,9 +323,13 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
 
 
 def train_update(models: Models, optimizers: dict, questions: list[dict], judge, args, seed: int, value_only: bool = False) -> dict:
-    """One round of PPO: rollout, rewards, advantages, updates of policy and value head -> a line of log.jsonl."""
+    """One round of PPO: rollout, rewards, advantages, updates of policy and value head -> a line of log.jsonl.
+
+    With several processes each takes its share of the questions; what normalises a loss or a reward is of all of them.
+    """
     began = time.time()
-    roll = rollout(models, questions, args, seed)
+    first = len(questions) * c.rank() // c.world_size() * args.samples
+    roll = rollout(models, c.share(questions), args, seed, first)
     sampled = time.time()
     judged = judge(roll)
     scores, parts = rewards(roll, judged, args)
@@ -330,7 +341,9 @@ def train_update(models: Models, optimizers: dict, questions: list[dict], judge,
         values = torch.zeros(roll.mask.shape).masked_scatter(roll.mask, models.value_head(hidden, known).cpu())
     advantages, returns = gae(scores - args.kl_coef * log_ratio, values, roll.mask, args.discount, lam)
     b_advantages, b_returns, b_values = advantages[roll.mask], returns[roll.mask], values[roll.mask]
-    scaled = advantages / (b_advantages.std() + 1e-8)
+    moments = torch.stack([torch.ones_like(b_advantages), b_advantages, b_advantages**2]).double().sum(1)
+    n, first_moment, second_moment = c.total(moments.to(device)).tolist()
+    scaled = advantages / ((second_moment / n - (first_moment / n) ** 2) ** 0.5 + 1e-8)
     scored = time.time()
     stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"))
     if not value_only:
@@ -340,7 +353,7 @@ def train_update(models: Models, optimizers: dict, questions: list[dict], judge,
     k3 = ((-log_ratio).exp() - 1 + log_ratio).sum(1).mean()
     levels = [step.level for steps in roll.steps for step in steps]
     said = [(ok, level) for ok, level in zip(np.concatenate([ok for ok, _ in judged]), levels, strict=True) if level]
-    return {
+    stats = {
         "reward": scores.sum(1).mean().item(),
         **{name: part.mean().item() for name, part in parts.items()},
         "auroc": float(roc_auc_score(*zip(*said, strict=True))) if len({ok for ok, _ in said}) == 2 else None,
@@ -353,11 +366,24 @@ def train_update(models: Models, optimizers: dict, questions: list[dict], judge,
         "seconds_reward": round(scored - sampled, 3),
         "seconds_update": round(time.time() - scored, 3),
     }
+    return over_processes(stats)
+
+
+def over_processes(stats: dict) -> dict:
+    """Counts of levels added up, means of everything else over the processes."""
+    if c.world_size() == 1:
+        return stats
+    rows = [None] * c.world_size()
+    dist.all_gather_object(rows, stats)
+    merged = {k: [row[k] for row in rows if row[k] is not None] for k in stats if k != "levels"}
+    levels = {"levels": {k: sum(row["levels"][k] for row in rows) for k in stats["levels"]}}
+    return stats | {k: float(np.mean(v)) if v else None for k, v in merged.items()} | levels
 
 
 def load_models(ckpt: Path, args: argparse.Namespace) -> Models:
     """The warm-up policy to train, its frozen reference and a new value head (or the saved one of a PPO checkpoint)."""
     torch.manual_seed(args.seed)
+    args.lora_rank = 0  # the checkpoint has its adapter, or none
     policy, processor = c.load_model(ckpt, args, trainable=True)
     if hasattr(policy, "peft_config"):
         policy.load_adapter(ckpt, "reference", is_trainable=False)
@@ -408,7 +434,7 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     bytes_of = lambda ps: sum(p.numel() * (0.5 + (1 + 4 / 256) / 64 if id(p) in packed else p.element_size()) for p in ps)  # noqa: E731
     plan = {"weights": bytes_of(model.parameters())}
     if args.lora_rank:
-        model = c.add_lora(model, args.lora_rank)
+        model = c.add_lora(model, args)
     else:
         c.freeze_vision(model)
     trained, text, decoder = [p for p in model.parameters() if p.requires_grad], config.get_text_config(), model.get_decoder()
@@ -474,12 +500,14 @@ def main(argv: list[str] | None = None) -> None:
         for name, size in memory_plan(args).items():
             print(f"  {name:28s} {size / 1e9:8.3f} GB")
         return
-    ckpt, out = Path(args.ckpt), Path(args.out)
+    ckpt = Path(args.ckpt)
     config = c.read_run(ckpt, "sft.jsonl", "confidence.json", "done")
     setup = config["setup"]
     c.fill_defaults(args, DEFAULTS, setup)
+    c.join_processes(args)
     if c.start_run("ppo", args, "done", setup):
         return
+    out = Path(args.out)
     questions = c.read_jsonl(ckpt / "sft.jsonl")
     confidence = c.read_json(ckpt / "confidence.json")
     c.write_json(out / "confidence.json", confidence)

@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
     training.add_argument("--lr", type=float, help="peak learning rate of AdamW (3e-3 / 1e-4)")
     training.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps with rising learning rate (0.1)")
-    training.add_argument("--lora-rank", type=int, help="rank of the LoRA adapter; 0 trains all weights (0 / 16)")
+    c.add_training_arguments(training)
     training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     c.add_run_arguments(parser.add_argument_group("run"), out="warmup")
     args = parser.parse_args(argv)
@@ -71,18 +71,21 @@ def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[st
 
 
 def train_step(model, processor, records: list[dict], texts: list[str], optimizer, micro_batch: int) -> float:
-    """One optimizer step; the loss is normalised by the tokens of the whole batch, so that micro-batches change nothing."""
+    """One optimizer step; the loss is normalised by the tokens of the whole batch, so that neither micro-batches nor processes
+    (each takes its share of the batch) change anything."""
     ids = c.response_ids(processor, texts)
-    total, loss_sum = sum(map(len, ids)), 0.0
+    total, loss_sum = sum(map(len, ids)), torch.zeros(())
+    records, ids = c.share(records), c.share(ids)
     optimizer.zero_grad()
     for i in range(0, len(records), micro_batch):
         batch = c.collate(processor, records[i : i + micro_batch], ids[i : i + micro_batch], model.device)
         loss = c.sft_loss(model, batch) * batch.mask.sum() / total
         loss.backward()
-        loss_sum += loss.item()
+        loss_sum += loss.detach().cpu()
+    c.sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss_sum
+    return c.total(loss_sum.to(model.device)).item()
 
 
 def plot(log: list[dict], path: Path) -> None:
@@ -101,9 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = c.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
     c.fill_defaults(args, DEFAULTS, setup)
-    out, folder = Path(args.out), Path(args.estimate)
+    c.join_processes(args)
     if c.start_run("warmup", args, "done", setup):
         return
+    out, folder = Path(args.out), Path(args.estimate)
     lines = [line for line in c.read_jsonl(folder / "responses.jsonl") if line["sentences"]]
     pool = c.NUMERIC_STATEMENTS
     if not args.no_statements:
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     keep = ("id", "image", "question", "answer", "choices", "reference")
     c.write_jsonl(out / "sft.jsonl", [{k: x[k] for k in keep} | {"text": text} for x, text in zip(lines, first, strict=True)])
     torch.manual_seed(args.seed)
-    model, processor = c.load_model(setup["model"], args, lora_rank=args.lora_rank, trainable=True)
+    model, processor = c.load_model(setup["model"], args, trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(lines) // args.batch_size)
     steps = args.epochs * per_epoch

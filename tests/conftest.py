@@ -1,4 +1,3 @@
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -9,11 +8,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 
 import common as c
+import ppo
 
 
 @pytest.fixture(scope="session")
 def model_args():
-    return argparse.Namespace(dtype="float32", device="cpu", load_in_4bit=False, gradient_checkpointing=False)
+    return ppo.parse_args(["--device", "cpu"])
 
 
 @pytest.fixture(scope="session")
@@ -35,4 +35,4 @@ def base(cache, model_args):
 
 @pytest.fixture(scope="session")
 def records(cache):
-    return c.load_data("digits", "train", 12, cache)
+    return c.digits_data("digits", "train", 12, cache)

@@ -289,8 +289,8 @@ def test_digits_world(cache):
     pools = [c.digit_scans(pool)[0].reshape(-1, 64) for pool in c.POOLS]
     scans = np.concatenate(pools)
     assert len(scans) == 1797 and [len(p) for p in pools] == list(c.POOLS.values())
-    records = c.load_data("digits", "test", 60, cache)
-    assert [r["id"] for r in c.load_data("digits", "test", 20, cache)] == [r["id"] for r in records[:20]]
+    records = c.digits_data("digits", "test", 60, cache)
+    assert [r["id"] for r in c.digits_data("digits", "test", 20, cache)] == [r["id"] for r in records[:20]]
     for record in records:
         left, right = (int(s[-2]) for s in record["reference"]["image"])
         answer = {"sum": left + right, "difference": abs(left - right), "larger": max(left, right)}

@@ -213,7 +213,7 @@ def test_gradient_checkpointing_changes_nothing(base, records):
     assert not model.training
 
 
-def test_memory_plan(cache, base, records, monkeypatch):
+def test_memory_plan(cache, base, records):
     """Weights to the byte, activations within 15% of what autograd saves in a real pass of the same size."""
     folder, (model, processor) = c.digits_paths(cache, 0, 1.0)["model"], base
     texts = ["The left digit is 3. " * 8] * 12
@@ -240,7 +240,7 @@ def test_memory_plan(cache, base, records, monkeypatch):
     args.lora_rank = 4
     adapters = ppo.memory_plan(args)
     assert adapters["gradients"] == 4 * 4 * 4 * (4 * (128 + 128) + 2 * (128 + 320) + (320 + 128))  # bytes, rank, layers, shapes
-    monkeypatch.setattr(c, "LORA_TARGETS", "nothing")
+    args.lora_targets = "nothing"
     with pytest.raises(SystemExit) as error:
         ppo.memory_plan(args)
     assert error.value.code == 2

@@ -1,0 +1,113 @@
+"""Tiny random LLaVA-NeXT and Qwen2-VL models with their real processors, saved to a folder as any model is."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)  # fmt: skip
+
+import common as c
+
+VICUNA = c.CHAT_TEMPLATE
+MISTRAL = (
+    "<s>{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %} [/INST]{% endfor %}"
+)
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(special: list[str], pad: str, eos: str) -> PreTrainedTokenizerFast:
+    statements = [s for texts in c.load_statements().values() for s in texts]
+    corpus = ["What is in the image? The cat sits on the red mat. So, the answer is cat. USER: ASSISTANT: Choices:", *statements]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False)
+
+
+def llava_next_config(vocab: int, image_token: int, full: bool = False, mistral: bool = False) -> LlavaNextConfig:
+    """full: the sizes of llava-v1.6-vicuna-7b / -mistral-7b."""
+    kind = MistralConfig if mistral else LlamaConfig
+    if full:
+        vision = CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        )
+        sizes = {"intermediate_size": 14336, "num_key_value_heads": 8} if mistral else {"intermediate_size": 11008}
+        text = kind(vocab_size=vocab, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **sizes)
+        return LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=image_token)
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = kind(
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    return LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=image_token, image_grid_pinpoints=pinpoints)
+
+
+def build_llava_next(folder: Path, mistral: bool = False) -> str:
+    tokenizer = build_tokenizer(["<pad>", "<s>", "</s>", "<image>"], "<pad>", "</s>")
+    config = llava_next_config(len(tokenizer), 3, mistral=mistral)
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=config.image_grid_pinpoints
+    )
+    template = MISTRAL if mistral else VICUNA
+    processor = LlavaNextProcessor(images, tokenizer, 14, "default", template, num_additional_image_tokens=1)
+    torch.manual_seed(0)
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def qwen2_vl_config(ids: dict[str, int], vocab: int, full: bool = False) -> Qwen2VLConfig:
+    """full: the sizes of Qwen2-VL-7B."""
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"} | {f"vision_{x}": f"<|vision_{x}|>" for x in ("start", "end")}
+    tokens = {f"{name}_token_id": ids[token] for name, token in names.items()}
+    if full:
+        text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        text |= {"num_key_value_heads": 4, "vocab_size": 152064, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+        return Qwen2VLConfig(text_config=text, vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 3584}, **tokens)
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab}
+    text |= {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    text |= {"max_position_embeddings": 1024, "bos_token_id": None, "pad_token_id": 0, "eos_token_id": 2}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+
+
+def build_qwen2_vl(folder: Path) -> str:
+    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
+    special = [f"<|{name}|>" for name in names.split()]
+    tokenizer = build_tokenizer(special, "<|endoftext|>", "<|im_end|>")
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 6)
+    processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), QWEN)
+    config = qwen2_vl_config({t: i for i, t in enumerate(special)}, len(tokenizer))
+    torch.manual_seed(0)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+BUILDERS = {"llava-next-vicuna": build_llava_next, "llava-next-mistral": lambda f: build_llava_next(f, mistral=True),
+            "qwen2-vl": build_qwen2_vl}  # fmt: skip
