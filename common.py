@@ -19,6 +19,7 @@ Choices beyond the paper
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib.metadata
@@ -30,6 +31,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,28 +338,6 @@ def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int 
     return records
 
 
-def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool) -> list[dict]:
-    """The records that have all `needed` fields and an image that opens; the others are counted by reason, and more than a fifth of
-    them end the run (exit code 2) unless `allow_bad`."""
-    good, bad = [], {}
-    for record in records:
-        reason = next((f"no {name}" for name in needed if not record.get(name)), None)
-        if reason is None:
-            try:
-                load_image(record["image"])
-            except OSError:
-                reason = "image missing or unreadable"
-        if reason:
-            bad.setdefault(reason, []).append(str(record.get("id")))
-        else:
-            good.append(record)
-    for reason, ids in bad.items():
-        print(f"{len(ids)} of {len(records)} records left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})")
-    if not good or (len(good) < 0.8 * len(records) and not allow_bad):
-        usage_error(f"{len(records) - len(good)} of {len(records)} records cannot be used (--allow-bad-records uses the rest)")
-    return good
-
-
 def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
@@ -366,6 +346,137 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 def load_image(path: str) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
+PUBLISHED = {  # data set: its folder there; annotation files, those with published chains first; where images lie; what else
+    "aokvqa": ("aokvqa", ["{part}_mmb.json", "aokvqa_v1p0_{part}.json"], ["{part}2017/{image:0>12}.jpg"], "COCO 2017"),
+    "scienceqa": ("sciencevqa", ["{part}_mmb.json", "problems.json"], ["{part}/{image}/image.png"], "pid_splits.json, ScienceQA"),
+    "culturalvqa": ("culturalvqa", ["cvqa_mmb.json"], ["{image}" + e for e in (".jpg", ".png", ".jpeg", ".webp")], "CulturalVQA"),
+}
+SPLITS = {"train": "train", "validation": "val", "test": "val"}  # our names -> those of the files
+
+
+def load_data(name: str, data_dir: str | Path | None = None, split: str = "train", limit: int | None = None,
+              require_images: bool = True, allow_bad_records: bool = False, world: dict | None = None) -> list[dict]:  # fmt: skip
+    """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference"}].
+
+    Validation and test both read the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Only the
+    original ScienceQA has its own test split; CulturalVQA is one file. Without data_dir the Hugging Face hub is asked. Missing or
+    unreadable files, and too many bad records (see `usable`), exit with code 2. digits are drawn as `world` says (its cache,
+    world_seed and noise_scale)."""
+    if name in DATASETS:
+        return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
+    if name not in PUBLISHED or split not in SPLITS:
+        usage_error(f"no {split} split of {name!r}: known are {', '.join(PUBLISHED)} with {', '.join(SPLITS)}")
+    (folder, files, images, owner), part = PUBLISHED[name], SPLITS[split]
+    files = [file.format(part=part) for file in files]
+    layout = f"{' or '.join(files)}, with {owner} images as {' or '.join(p.format(part=part, image='ID') for p in images)}"
+    if data_dir is None:
+        try:
+            from huggingface_hub import snapshot_download
+
+            data_dir = snapshot_download(HUB, repo_type="dataset", allow_patterns=[f"*{folder}/*", *files])
+        except (ImportError, OSError, ValueError) as error:
+            usage_error(f"{HUB} not fetched from the hub ({type(error).__name__}): download {layout}, into a folder for data_dir")
+    root = Path(data_dir)
+    paths = [place / file for file in files for place in (root, root / folder, root / "annotated_data" / folder)]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        usage_error(f"{root}/ {'holds no annotation file' if root.is_dir() else 'is no folder'}: expected {layout}")
+    try:
+        rows = read_json(path)
+        if path.name == "problems.json":
+            part = "test" if split == "test" else part
+            rows = [{"pid": pid, **rows.get(pid, {})} for pid in read_json(path.with_name("pid_splits.json"))[part]]
+        rows = list(rows.values()) if isinstance(rows, dict) else unpack(rows, list)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        usage_error(f"{path} cannot be read ({error}): expected {layout}")
+    if not (published := path.name.endswith("_mmb.json")):
+        print(f"{path.name} holds no chains: the reference is its rationales, or lecture and solution, without an image level")
+    if name == "scienceqa":
+        rows, n_all = [r for r in rows if not isinstance(r, dict) or r.get("image", True)], len(rows)
+        print(f"{n_all - len(rows)} of {n_all} questions have no image and are not used")
+    records, seen = [], Counter()
+    places = [place / inside for place in (path.parent, root) for inside in ("", "images")]
+    for number, row in enumerate(rows, 1):
+        found = [row[k] for k in ("question_id", "id", "pid") if row.get(k) is not None] if isinstance(row, dict) else []
+        key = str(found[0]) if found else f"row {number}"
+        seen[key] += 1  # a question annotated twice counts as two
+        record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}"}
+        try:
+            image = int(row["image_id"]) if name == "aokvqa" else key
+            candidates = [place / pattern.format(part=part, image=image) for place in places for pattern in images]
+            record["image"] = str(next((p for p in candidates if p.is_file()), candidates[0]))
+            records.append(record | read_row(row, published))
+        except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError):
+            records.append(record | {"flaw": "malformed"})
+    sound = [r["image"] for r in records if not r["flaw"]]
+    if require_images and sound and not any(Path(image).is_file() for image in sound):
+        usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
+    return usable(records, (), allow_bad_records, limit, require_images)
+
+
+def read_row(row: dict, published: bool) -> dict:
+    """A row of an annotation file -> its record without id and image; "flaw" is None or why to skip it. Malformed fields raise."""
+    question = (row.get("question") or "").strip()
+    choices = [str(choice).strip() for choice in unpack(row.get("choices") or [], list)] or None
+    chain = row.get("keys") if row.get("keys_filtered") is None else row["keys_filtered"]
+    if published:
+        levels = unpack(chain or {}, dict)
+        texts = {k: unpack(levels.get(f"{k.title()}_level") or [], list) for k in ("image", "reasoning")}
+    else:
+        given = unpack(row["rationales"], list) if row.get("rationales") else [row.get("lecture") or "", row.get("solution") or ""]
+        texts = {"image": [], "reasoning": [text[a:b] for text in given for a, b in split_sentences(text)]}
+    texts = {k: [" ".join(s.split()) for s in v if re.search(r"\w", s)] for k, v in texts.items()}
+    reference = {k: [s if re.search(r"[.!?][\"')\]]*$", s) else f"{s}." for s in v] for k, v in texts.items()}
+    index, said = row.get("correct_choice_idx", row.get("answer")), extract_answer(reference["reasoning"], choices)
+    answer = dict(enumerate(choices))[int(index)] if choices and index is not None else said
+    ways = [answer or "", *([] if choices else re.split(r"\s+or\s+", answer or ""))]  # "a sponge cake or pound cake"
+    answers = [str(a).strip() for a in unpack(row.get("direct_answers") or list(dict.fromkeys(ways)), list)]
+    flaws = {"no question": not question, "no chain": published and chain is None, "empty chain": not any(reference.values()),
+             "missing level": published and not all(reference.values()), "no answer": not answer}  # fmt: skip
+    question = " ".join(filter(None, [(row.get("hint") or "").strip(), question]))  # what a ScienceQA question refers to
+    record = {"question": question, "choices": choices, "answer": answer, "answers": answers, "reference": reference}
+    return record | {"flaw": next((flaw for flaw, holds in flaws.items() if holds), None)}
+
+
+def unpack(value, kind: type):
+    """The list or dict (`kind`) that `value` is or, as a string, holds in JSON or Python; else TypeError, ValueError, ..."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    value = ast.literal_eval(value.strip()) if isinstance(value, str) else value
+    if not isinstance(value, kind):
+        raise TypeError(f"no {kind.__name__}")
+    return value
+
+
+def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit: int | None = None,
+           require_images: bool = True) -> list[dict]:  # fmt: skip
+    """The first `limit` records without a "flaw", with all `needed` fields and an image that opens; no image is opened beyond them.
+    The others are counted by reason, and more than a fifth of all records end the run (exit code 2) unless `allow_bad`."""
+    good, bad = [], {}
+    for record in records:
+        reason = record.get("flaw") or next((f"no {name}" for name in needed if not record.get(name)), None)
+        wanted = limit is None or len(good) < limit
+        if not reason and wanted and require_images:
+            try:
+                with Image.open(record["image"]) as image:
+                    image.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
+                    image.load()
+            except Exception:  # Pillow's decoders raise many kinds
+                reason = "image missing or unreadable"
+        if reason:
+            bad.setdefault(reason, []).append(str(record.get("id")))
+        elif wanted:
+            good.append({k: v for k, v in record.items() if k != "flaw"})
+    for reason, ids in bad.items():
+        print(f"{len(ids)} of {len(records)} records left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})")
+    n_bad = sum(map(len, bad.values()))
+    if not good or (n_bad > 0.2 * len(records) and not allow_bad):
+        usage_error(f"{n_bad} of {len(records)} records cannot be used (--allow-bad-records uses the rest)")
+    return good
 
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -518,7 +629,7 @@ def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int
         other = i < 3 and rng.random() < MISREAD
         if other:
             sentence = chain({"reference": digit_chain(family, *rng.integers(10, size=2))})[i]
-        tokens = tokenizer(" " * (i > 0) + sentence)["input_ids"]
+        tokens = _token_ids(tokenizer, " " * (i > 0) + sentence)
         wrong += range(len(ids), len(ids) + len(tokens)) if other else []
         ids += tokens
     return [*ids, tokenizer.eos_token_id], wrong
@@ -921,6 +1032,11 @@ def score(model, processor, records: Sequence[dict], responses: Sequence[str]) -
 
 
 @functools.cache
+def _token_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+@functools.cache
 def _piece(tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=True)
 
@@ -1320,11 +1436,38 @@ class Matcher:
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def extract_answer(sentences: Sequence[str]) -> str | None:
-    """The answer named by the last sentence of a chain: "So, the answer is 8." -> "8"."""
-    match = re.search(r"\banswer is:?\s+(.+?)[\s.!?'\"]*$", sentences[-1], re.IGNORECASE) if sentences else None
-    return match.group(1).strip("'\"") if match else None
+_ANSWER = re.compile(r".*\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]*?)?(?:\s+(?:is|was|would be|"
+                     r"should be|must be)\b(?:\s+that\b)?\s*:?|\s*:)\s*(.+)", re.IGNORECASE | re.DOTALL)  # fmt: skip
+_LETTER = re.compile(r"^(?:(?:option|choice) )?([A-Z])(?:\s*[).:,-](?:\s|$)|$)|(?<!\w)\(([A-Z])\)", re.IGNORECASE)
+
+
+def extract_answer(sentences: Sequence[str], choices: Sequence[str] | None = None) -> str | None:
+    """The answer that the last sentence of a chain names: "So, the answer is 8." -> "8". With choices: the one that it names by its
+    text, by its letter ("(B)", "B", "B. dog"), or alone inside the sentence; else the words after "answer is"."""
+    match = _ANSWER.match(sentences[-1]) if sentences else None
+    found = match and (match.group(1).strip(" \n'\"*“”‘’").rstrip(" .!?'\"*”’") or None)
+    if not choices or not sentences:
+        return found
+    text, names = found or sentences[-1], [_bare(choice) for choice in choices]
+    if _bare(text) in names:
+        return choices[names.index(_bare(text))]
+    if (letter := _LETTER.search(text)) and (index := ord(letter[letter.lastindex].upper()) - ord("A")) < len(choices):
+        return choices[index]
+    said = re.split(r"\b(?:not|rather than|instead of)\b", _bare(text))[0]
+    inside = {n for n in names if n and re.search(rf"(?<![\w'-]){re.escape(n)}(?![\w'-])", said)}
+    inside = [n for n in inside if not any(n in other for other in inside - {n})]  # "ice" of "ice cream"
+    return choices[names.index(inside[0])] if len(inside) == 1 else found
+
+
+def _bare(text: str) -> str:
+    """_plain without quotation marks and a leading article: how answers are compared."""
+    return re.sub(r"^(?:an?|the) ", "", " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", _plain(text)).split()))
 
 
 def same_answer(prediction: str | None, answer: str) -> bool:
-    return prediction is not None and _plain(prediction) == _plain(answer)
+    return prediction is not None and _bare(prediction) == _bare(answer)
+
+
+def direct_answer_score(prediction: str | None, answers: Sequence[str]) -> float:
+    """A-OKVQA's direct-answer score, min(1, matches / 3) over its ten answers; with fewer answers one match is enough."""
+    return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))

@@ -34,10 +34,11 @@ from tqdm import tqdm
 import common as c
 
 LEVELS = (1, 2, 3, 4, 5)
+# What is left out on the command line: (digits, other data)
+DEFAULTS = {"limit": (600, None), "max_new_tokens": (100, 320), "batch_size": (200, 8)}
 PARTS = ("image", "reasoning")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 
 def mean(x):
@@ -159,6 +160,7 @@ def compute_metrics(predictions):
         "coverage": mean([level is not None for level in levels]),
         "auroc": auroc(answer_confidence, answer_correct),
         "accuracy": mean([bool(p["answer_correct"]) for p in predictions]),
+        "direct_answer": mean([c.direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in predictions]),
         **sentence_metrics(predictions),
         "n_questions": len(predictions),
         "level_histogram": {**{str(k): levels.count(k) for k in LEVELS}, "none": levels.count(None)},
@@ -178,8 +180,7 @@ def without_nan(value):
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Table and figure
+# ----------------------------------------------------------------------------------------------------- table and figure
 
 
 def fmt(value, digits=3):
@@ -249,18 +250,13 @@ def plot_reliability(predictions, path):
     fig.savefig(path, metadata={"Software": None})  # no version stamp: the same predictions give the same bytes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Report
+# --------------------------------------------------------------------------------------------------------------- report
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>$title</title><style>
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --ink: #1b1f24; --soft: #5a6472; --line: #d9dee5;
-  --tint: 30 100 210; --right: #00724f; --wrong: #b3400a }
-@media (prefers-color-scheme: dark) { :root { --bg: #111418; --card: #1a1e24; --ink: #e8ebef; --soft: #a2acb9;
-  --line: #343b45; --tint: 60 130 255; --right: #45c99b; --wrong: #ff9a66 } }
+:root { --bg: #f5f6f8; --card: #fff; --ink: #1b1f24; --soft: #5a6472; --line: #d9dee5; --tint: 30 100 210; --right: #00724f;
+  --wrong: #b3400a }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.2rem; max-width: 1180px; background: var(--bg); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
@@ -286,9 +282,9 @@ button[aria-pressed=true] { background: var(--ink); color: var(--card) }
 ol, ul { list-style: none; margin: 0; padding: 0 } li { margin: .25rem 0 } .answer { margin: .7rem 0 0 }
 .s { padding: .25rem .6rem; border-radius: 5px; border-left: 4px solid var(--right) }
 .s.no { border-left: 4px dashed var(--wrong) } .l0 { outline: 1px dashed var(--line) }
-.l1 { background: rgb(var(--tint) / .05) } .l2 { background: rgb(var(--tint) / .15) }
-.l3 { background: rgb(var(--tint) / .26) } .l4 { background: rgb(var(--tint) / .38) }
-.l5 { background: rgb(var(--tint) / .52) } .legend span { padding: 0 .5rem; border-radius: 4px; color: var(--ink) }
+.l1 { background: rgb(var(--tint) / .05) } .l2 { background: rgb(var(--tint) / .15) } .l3 { background: rgb(var(--tint) / .26) }
+.l4 { background: rgb(var(--tint) / .38) } .l5 { background: rgb(var(--tint) / .52) }
+.legend span { padding: 0 .5rem; border-radius: 4px; color: var(--ink) }
 .level { padding: 0 .35em; font-size: .8rem; border: 1px solid currentColor; border-radius: 4px; margin-right: .45em }
 b.yes { color: var(--right) } b.no { color: var(--wrong) }
 .s b.yes, .s b.no { background: var(--card); border-radius: 4px; padding: 0 .25em; margin-left: .3em }
@@ -401,13 +397,15 @@ def write_report(predictions, metrics, path, title, limit=200):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = c.Parser(__doc__)
     parser.add_argument("--ckpt", default="ppo", help="folder of ppo.py, warmup.py or of a base model (default: %(default)s/)")
-    parser.add_argument("--data", choices=c.DATASETS, default="digits", help="data set (default: %(default)s)")
+    parser.add_argument("--data", choices=[*c.DATASETS, *c.PUBLISHED], help="data set (default: the run's)")
+    parser.add_argument("--data-dir", help="folder with the published annotations and the images (default: the run's)")
+    parser.add_argument("--allow-bad-records", action="store_true", help="go on when more than a fifth of the records is unusable")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="tune on validation, report on test")
-    parser.add_argument("--limit", type=int, default=600, help="number of questions (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="number of questions (digits: 600; other data: all)")
     parser.add_argument("--noise-scale", type=float, help="digits: multiplies the noise of every image (default: the run's)")
     parser.add_argument("--cache", help="where the digits world keeps its images (default: the run's)")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="longest response (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=200, help="questions a batch (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest response (100 / 320)")
+    parser.add_argument("--batch-size", type=int, help="questions a batch (200 / 8)")
     c.add_run_arguments(parser.add_argument_group("run"), out="results")
     args = parser.parse_args(argv)
     c.usage_error(*c.positive(args, "limit", "noise_scale", "max_new_tokens", "batch_size"))
@@ -422,9 +420,12 @@ def read_setup(args: argparse.Namespace) -> dict:
     config = c.read_json(ckpt / "config.json") if (ckpt / "config.json").exists() else {}
     if "setup" not in config and "model_type" not in config:
         c.usage_error(f"{args.ckpt} holds neither a model nor a run of warmup.py or ppo.py")
-    setup = {"cache": "cache", "noise_scale": 1.0, "world_seed": args.seed, "matcher": "exact"} | config.get("setup", {})
-    given = {"data": args.data, "noise_scale": args.noise_scale, "cache": args.cache}
-    return setup | {k: v for k, v in given.items() if v is not None}
+    setup = {"data": "digits", "data_dir": None, "cache": "cache", "noise_scale": 1.0, "world_seed": args.seed, "matcher": None}
+    setup |= config.get("setup", {})
+    given = {"data": args.data, "data_dir": args.data_dir, "noise_scale": args.noise_scale, "cache": args.cache}
+    setup |= {k: v for k, v in given.items() if v is not None}
+    digits = setup["data"].startswith("digits")
+    return setup | {"matcher": setup["matcher"] or ("exact" if digits else "cross-encoder/stsb-roberta-large")}
 
 
 def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_tokens: int, seed: int) -> list[dict]:
@@ -440,7 +441,7 @@ def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_t
              "part": "image" if i < n_image else "reasoning"} for i, s in enumerate(steps)
         ]  # fmt: skip
         covered = matched.any(0).tolist()
-        answer = c.extract_answer([s.text for s in steps])
+        answer = c.extract_answer([s.text for s in steps], record["choices"])
         predictions.append(record | {
             "response": generation.text, "prediction": answer, "answer_correct": c.same_answer(answer, record["answer"]),
             "sentences": sentences, "covered": {"image": covered[:n_image], "reasoning": covered[n_image:]},
@@ -451,10 +452,10 @@ def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_t
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup, out = read_setup(args), Path(args.out)
+    c.fill_defaults(args, DEFAULTS, setup)
     if c.start_run("evaluate", args, "metrics.json", setup):
         return
-    where = (setup["cache"], setup["world_seed"], setup["noise_scale"])
-    records = c.digits_data(args.data, args.split, args.limit, *where)
+    records = c.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
     model, processor = c.load_model(args.ckpt, args)
     matcher, path = c.Matcher(setup["matcher"], device=args.device), out / "predictions.jsonl"
     predictions = c.read_jsonl(path) if path.exists() else []
@@ -468,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
     metrics = compute_metrics(predictions)
     plot_reliability(predictions, out / "reliability.png")
-    write_report(predictions, metrics, out / "report.html", f"{args.ckpt} on {args.data}, {args.split} split")
+    write_report(predictions, metrics, out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
     print(format_table({str(args.ckpt): metrics}))
     c.write_json(out / "metrics.json", metrics)
 

@@ -45,6 +45,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -471,12 +472,8 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
 
 
 def plot(log: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     x = range(1, len(log) + 1)
     for name, label in (("reward", "R"), ("r_ka", "R_KA"), ("r_ec", "R_EC"), ("r_cs", "R_CS")):
         axes[0].plot(x, [r[name] for r in log], label=label)
@@ -490,7 +487,6 @@ def plot(log: list[dict], path: Path) -> None:
         axis.set(xlabel="update", title=title)
         axis.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import common as c
@@ -89,12 +90,8 @@ def train_step(model, processor, records: list[dict], texts: list[str], optimize
 
 
 def plot(log: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
     axis.plot([r["step"] for r in log], [r["loss"] for r in log], linewidth=1)
     axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="warm-up")
     figure.savefig(path, dpi=120)

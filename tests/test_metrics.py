@@ -174,8 +174,8 @@ def test_chain_f1_is_micro_averaged():
 
 PART_KEYS = {"mece", "auroc_sentence", "brier", "f1", "precision", "recall", "n_sentences"}
 KEYS = PART_KEYS | {
-    "ece", "coverage", "auroc", "accuracy", "n_questions", "level_histogram", "brier_skill", "aurc", "mece_constant",
-    "mece_constant_level", "image", "reasoning"}
+    "ece", "coverage", "auroc", "accuracy", "direct_answer", "n_questions", "level_histogram", "brier_skill", "aurc",
+    "mece_constant", "mece_constant_level", "image", "reasoning"}
 
 
 def test_compute_metrics_is_made_of_the_metrics(predictions):

@@ -1,0 +1,269 @@
+"""Loaders of published annotation files. MMB_DATA may name a folder with the published aokvqa/val_mmb.json."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common as c
+
+CHAIN = {"Image_level": ["  A dog lies on\na sofa "], "Reasoning_level": ["Dogs like sofas!", "So, the answer is sleeping"]}
+
+
+def aokvqa_row(n: int, **changes) -> dict:
+    row = {"question_id": f"q{n}", "image_id": n, "question": " What does the dog do? ", "choices": ["eating", "sleeping"],
+           "correct_choice_idx": 1, "direct_answers": ["sleep"] * 10, "rationales": ["It lies. Its eyes are shut", "It sleeps."],
+           "keys": CHAIN, "keys_filtered": CHAIN}  # fmt: skip
+    return {k: v for k, v in (row | changes).items() if v is not ...}
+
+
+def picture(path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(path)
+
+
+def write(folder, name: str, rows) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def aokvqa(folder, rows, missing=()):
+    """A folder with val_mmb.json and the images of all rows that name one."""
+    write(folder, "val_mmb.json", rows)
+    for n in {r["image_id"] for r in rows if isinstance(r, dict) and isinstance(r.get("image_id"), int)} - set(missing):
+        picture(folder / f"val2017/{n:012d}.jpg")
+    return folder
+
+
+def error_of(capsys, *args, **kwargs) -> str:
+    """The one line on stderr with which load_data exits."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        c.load_data(*args, **kwargs)
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_aokvqa_record(tmp_path):
+    aokvqa(tmp_path, [aokvqa_row(377368)])
+    for split in ("validation", "test"):
+        (record,) = c.load_data("aokvqa", tmp_path, split)
+        assert record == {
+            "id": "q377368", "image": str(tmp_path / "val2017/000000377368.jpg"), "question": "What does the dog do?",
+            "choices": ["eating", "sleeping"], "answer": "sleeping", "answers": ["sleep"] * 10,
+            "reference": {"image": ["A dog lies on a sofa."], "reasoning": ["Dogs like sofas!", "So, the answer is sleeping."]},
+        }  # fmt: skip
+    assert c.prompt_text(record).startswith("What does the dog do? Choices: eating, sleeping.")
+
+
+def test_lists_in_strings_and_choice_of_chain(tmp_path):
+    raw = {"Image_level": ["Raw."], "Reasoning_level": ["So, the answer is eating."]}
+    rows = [
+        aokvqa_row(1, choices="['eating', \"it's asleep\"]", direct_answers='["a", "b"]', keys_filtered=json.dumps(CHAIN)),
+        aokvqa_row(2, keys_filtered={k: str(v) for k, v in CHAIN.items()}, keys=raw),
+        aokvqa_row(3, keys_filtered=..., keys=raw),
+        aokvqa_row(4, keys_filtered=None, keys=raw),
+    ]
+    first, filtered, *unfiltered = c.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    assert first["choices"] == ["eating", "it's asleep"] and first["answer"] == "it's asleep" and first["answers"] == ["a", "b"]
+    assert first["reference"] == filtered["reference"] and filtered["reference"]["image"] == ["A dog lies on a sofa."]
+    assert [r["reference"]["image"] for r in unfiltered] == [["Raw."], ["Raw."]]
+
+
+FLAWS = {
+    "no question": [{"question": " "}, {"question": ...}],
+    "no chain": [{"keys": ..., "keys_filtered": ...}],
+    "missing level": [{"keys_filtered": {"Reasoning_level": ["x"]}}, {"keys_filtered": CHAIN | {"Image_level": []}}],
+    "empty chain": [{"keys_filtered": {"Image_level": [], "Reasoning_level": [" "]}}, {"keys_filtered": {}}],
+    "no answer": [{"choices": ..., "correct_choice_idx": ..., "keys_filtered": CHAIN | {"Reasoning_level": ["It sleeps."]}}],
+    "malformed": [
+        {"question": 3}, {"image_id": ...}, {"image_id": "dog"}, {"correct_choice_idx": 2}, {"correct_choice_idx": -1},
+        {"choices": 7}, {"choices": "['a', "}, {"choices": "__import__('os')"}, {"keys_filtered": "no chain"},
+        {"keys_filtered": [["x"]]},
+        {"keys_filtered": {"Image_level": "x", "Reasoning_level": ["x"]}}, {"keys_filtered": CHAIN | {"Image_level": [3]}},
+    ],
+}  # fmt: skip
+
+
+def test_bad_records_are_named_by_reason(tmp_path, capsys):
+    changes = [change for kinds in FLAWS.values() for change in kinds]
+    rows = [aokvqa_row(n, **change) for n, change in enumerate(changes)]
+    rows += [None, "text", *(aokvqa_row(100 + n) for n in range(90)), aokvqa_row(200), aokvqa_row(201)]
+    aokvqa(tmp_path, rows, missing=[200])
+    (tmp_path / "val2017/000000000201.jpg").write_bytes((tmp_path / "val2017/000000000100.jpg").read_bytes()[:900])  # cut short
+    records = c.load_data("aokvqa", tmp_path, "validation", allow_bad_records=True)
+    assert [r["id"] for r in records] == [f"q{100 + n}" for n in range(90)] and not any("flaw" in r for r in records)
+    printed, start = capsys.readouterr().out.splitlines(), 0
+    for reason, kinds in FLAWS.items():
+        count = len(kinds) + 2 * (reason == "malformed")
+        (line,) = [line for line in printed if f"left out: {reason} (" in line]
+        assert line.startswith(f"{count} of {len(rows)} records left out") and f"q{start}" in line
+        start += len(kinds)
+    assert f"2 of {len(rows)} records left out: image missing or unreadable (q200, q201)" in printed
+    unchecked = c.load_data("aokvqa", tmp_path, "validation", require_images=False, allow_bad_records=True)
+    assert [r["id"] for r in unchecked[-2:]] == ["q200", "q201"]
+
+
+def test_more_than_a_fifth_bad_ends_the_run(tmp_path, capsys):
+    rows = [aokvqa_row(n, question="" if n < 2 else "What?") for n in range(10)]
+    assert len(c.load_data("aokvqa", aokvqa(tmp_path / "a", rows), "validation")) == 8  # exactly a fifth
+    rows[2]["question"] = ""
+    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", aokvqa(tmp_path / "b", rows), "validation")
+    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", tmp_path / "b", "validation", limit=2)
+    assert len(c.load_data("aokvqa", tmp_path / "b", "validation", allow_bad_records=True)) == 7
+    nothing = aokvqa(tmp_path / "c", [aokvqa_row(1, question="")])
+    assert "1 of 1 records" in error_of(capsys, "aokvqa", nothing, "validation", allow_bad_records=True)
+
+
+def test_limit_opens_no_further_image(tmp_path, monkeypatch):
+    aokvqa(tmp_path, [aokvqa_row(n, question="" if n == 0 else "What?") for n in range(12)], missing=[2])
+    opened, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
+    assert [r["id"] for r in c.load_data("aokvqa", tmp_path, "validation", limit=2)] == ["q1", "q3"]
+    assert len(opened) == 3  # the first row has no question, the image of the third is missing
+    opened.clear()
+    assert len(c.load_data("aokvqa", tmp_path, "validation", require_images=False)) == 11 and not opened
+
+
+def test_duplicates_keep_apart(tmp_path):
+    rows = [aokvqa_row(1, question="One?"), aokvqa_row(2), aokvqa_row(1, question="Two?"), aokvqa_row(1, question="Three?")]
+    records = c.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    assert [(r["id"], r["question"][:3]) for r in records] == [("q1", "One"), ("q2", "Wha"), ("q1#2", "Two"), ("q1#3", "Thr")]
+    assert records[0]["image"] == records[3]["image"]
+
+
+def test_plain_aokvqa_reasons_with_rationales(tmp_path, capsys):
+    write(tmp_path, "aokvqa_v1p0_train.json", [aokvqa_row(5, keys=..., keys_filtered=...)])
+    picture(tmp_path / "images/train2017/000000000005.jpg")
+    (record,) = c.load_data("aokvqa", tmp_path)
+    assert record["reference"] == {"image": [], "reasoning": ["It lies.", "Its eyes are shut.", "It sleeps."]}
+    assert record["image"].endswith("000000000005.jpg")
+    assert "aokvqa_v1p0_train.json holds no chains: the reference is its rationales" in capsys.readouterr().out
+    write(tmp_path / "aokvqa", "train_mmb.json", [aokvqa_row(5)])  # the published chains go first, also in the data set's folder
+    assert c.load_data("aokvqa", tmp_path)[0]["reference"]["image"] == ["A dog lies on a sofa."]
+    assert "no chains" not in capsys.readouterr().out
+
+
+def test_scienceqa(tmp_path, capsys):
+    row = {"question": "Which?", "choices": ["a magnet", "wood"], "answer": 0, "hint": "See it.", "image": "image.png",
+           "lecture": "Iron is drawn.\nWood is not", "solution": "It is drawn. So it is a magnet."}  # fmt: skip
+    write(tmp_path, "problems.json", {"1": row, "2": row | {"image": None}, "3": row | {"hint": "", "answer": 1}, "4": row})
+    write(tmp_path, "pid_splits.json", {"train": ["1", "2"], "val": ["3"], "test": ["4"]})
+    for path in ("train/1", "val/3", "test/4"):
+        picture(tmp_path / path / "image.png")
+    (record,) = c.load_data("scienceqa", tmp_path, "train")
+    assert "1 of 2 questions have no image" in capsys.readouterr().out
+    assert (record["id"], record["answer"], record["answers"]) == ("1", "a magnet", ["a magnet"])
+    assert record["question"] == "See it. Which?" and record["image"] == str(tmp_path / "train/1/image.png")
+    assert record["reference"]["reasoning"] == ["Iron is drawn.", "Wood is not.", "It is drawn.", "So it is a magnet."]
+    assert [c.load_data("scienceqa", tmp_path, s)[0]["id"] for s in ("validation", "test")] == ["3", "4"]
+    published = {"pid": 3, "question": "Which?", "choices": ["a magnet", "wood"], "answer": 1, "keys_filtered": CHAIN}
+    write(tmp_path / "annotated_data/sciencevqa", "val_mmb.json", [published])
+    (record,) = c.load_data("scienceqa", tmp_path, "test")
+    assert record["id"] == "3" and record["answer"] == "wood" and record["reference"]["reasoning"][0] == "Dogs like sofas!"
+
+
+def test_culturalvqa(tmp_path):
+    forms = ["So, the answer is 'warm'.", "Therefore, the answer is warm", "So the answer is a sponge cake or pound cake.",
+             "The answer is: X."]  # fmt: skip
+    rows = [{"id": n, "question": "What?", "image_info": "<PIL image>", "general_output": "The answer is cold.", "keys": {},
+             "keys_filtered": {"Image_level": ["A dish."], "Reasoning_level": ["It steams.", form]}}
+            for n, form in enumerate(forms)]  # fmt: skip
+    write(tmp_path, "cvqa_mmb.json", rows)
+    for path in ("0.png", "images/1.webp", "2.jpeg", "images/3.jpg"):
+        picture(tmp_path / path)
+    records = c.load_data("culturalvqa", tmp_path, "test")
+    assert [r["answer"] for r in records] == ["warm", "warm", "a sponge cake or pound cake", "X"]
+    assert records[2]["answers"] == ["a sponge cake or pound cake", "a sponge cake", "pound cake"] and records[0]["choices"] is None
+    assert [os.path.relpath(r["image"], tmp_path) for r in records] == ["0.png", "images/1.webp", "2.jpeg", "images/3.jpg"]
+
+
+def test_wrong_folders_name_the_expected_files(tmp_path, capsys):
+    for name, files in {
+        "aokvqa": ["val_mmb.json", "aokvqa_v1p0_val.json", "val2017/"], "culturalvqa": ["cvqa_mmb.json", ".webp"],
+        "scienceqa": ["val_mmb.json", "problems.json", "pid_splits.json", "val/ID/image.png"],
+    }.items():  # fmt: skip
+        for folder, problem in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no annotation file")):
+            line = error_of(capsys, name, folder, "validation")
+            assert problem in line and all(file in line for file in files)
+    assert "no dev split of 'aokvqa'" in error_of(capsys, "aokvqa", tmp_path, "dev")
+    assert "aokvqa, scienceqa, culturalvqa" in error_of(capsys, "okvqa", tmp_path)
+    write(tmp_path, "problems.json", {})
+    assert "pid_splits.json" in error_of(capsys, "scienceqa", tmp_path, "validation")
+    for text in ('[{"id": 1,', "3", '"[1"', ""):
+        (tmp_path / "cvqa_mmb.json").write_text(text)
+        assert "cvqa_mmb.json cannot be read" in error_of(capsys, "culturalvqa", tmp_path)
+    write(tmp_path, "val_mmb.json", [aokvqa_row(7)])
+    assert "val2017/000000000007.jpg" in error_of(capsys, "aokvqa", tmp_path, "validation", allow_bad_records=True)
+
+
+def test_hub(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    line = error_of(capsys, "aokvqa", split="validation")
+    assert c.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json, with COCO 2017 images" in line
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: asked.append((args, kw)) or str(tmp_path))
+    assert "expected cvqa_mmb.json" in error_of(capsys, "culturalvqa")  # a snapshot of an unknown layout
+    aokvqa(tmp_path / "annotated_data/aokvqa", [aokvqa_row(1)])
+    assert [r["id"] for r in c.load_data("aokvqa", split="validation")] == ["q1"]
+    patterns = ["*aokvqa/*", "val_mmb.json", "aokvqa_v1p0_val.json"]
+    assert asked[-1] == ((c.HUB,), {"repo_type": "dataset", "allow_patterns": patterns})
+
+
+@pytest.mark.parametrize("sentence, answer", [
+    ("So, the answer is 'warm'.", "warm"), ("Therefore, the answer is warm", "warm"), ("The answer is: X.", "X"),
+    ("So the answer is a sponge cake or pound cake.", "a sponge cake or pound cake"), ("**Answer:** 3.5", "3.5"),
+    ("Thus, the correct answer would be “hot pot”.", "hot pot"), ("The answer to the question is that it rains.", "it rains"),
+    ("The answer is unclear at first, but the answer is red.", "red"), ("So, the best choice is a hand pump.", "a hand pump"),
+    ("So, the answer cannot be determined from the image.", None), ("It was answered: yes", None), ("It is red.", None),
+    ("The answer is .", None),
+])  # fmt: skip
+def test_direct_answers(sentence, answer):
+    assert c.extract_answer(["The answer is wrong.", sentence]) == answer
+    assert c.extract_answer([]) is None and c.extract_answer([], ["a"]) is None
+
+
+CHOICES = ["ice", "ice cream", "snow", "a t-shirt"]
+
+
+@pytest.mark.parametrize("sentence, answer", [
+    ("So, the answer is (B).", "ice cream"), ("The answer is B", "ice cream"), ("The answer is b.", "ice cream"), ("(c)", "snow"),
+    ("The answer is C. snow.", "snow"), ("The answer is C) something", "snow"), ("So, option (D) fits best.", "a t-shirt"),
+    ("The answer is option A", "ice"), ("The answer is 'Snow'.", "snow"), ("So, the answer is the T-shirt.", "a t-shirt"),
+    ("So, it is a cone of ice cream.", "ice cream"), ("Thus, the snow is deep", "snow"), ("The answer is ice, not snow.", "ice"),
+    ("So, the answer is either ice or snow.", "either ice or snow"), ("It shows ice and snow.", None), ("The answer is E", "E"),
+    ("The answer is not snow.", "not snow"), ("The answer is a nice dish.", "a nice dish"), ("A dog and a snowman(s).", None),
+])  # fmt: skip
+def test_multiple_choice(sentence, answer):
+    assert c.extract_answer([sentence], CHOICES) == answer
+
+
+def test_choices_that_are_letters_or_empty():
+    assert c.extract_answer(["So, the answer is b"], ["s", "", "b", "f"]) == "b"
+    assert c.extract_answer(["It's a dog."], ["s", "", "b", "f"]) is None
+
+
+def test_direct_answer_score():
+    answers = ["Hot Dog"] * 2 + ["a sausage"] + ["bun"] * 7
+    assert [c.direct_answer_score(p, answers) for p in ("hot dog.", "the sausage", "bun", "dog", None)] == [2 / 3, 1 / 3, 1, 0, 0]
+    assert c.direct_answer_score("pound cake", ["a sponge cake or pound cake", "a sponge cake", "pound cake"]) == 1
+    assert c.direct_answer_score("x", []) == 0 and c.same_answer("a 'hand pump'", "Hand pump.") and not c.same_answer(None, "x")
+
+
+@pytest.mark.skipif("MMB_DATA" not in os.environ, reason="MMB_DATA names no folder with the published files")
+def test_published_aokvqa(capsys):
+    records = c.load_data("aokvqa", os.environ["MMB_DATA"], "validation", require_images=False)
+    printed = capsys.readouterr().out
+    assert len(records) == 1123 and "28 of 1152 records left out: missing level" in printed
+    assert "1 of 1152 records left out: empty chain (WapXzWUgE3zgx5n3fVGUjS)" in printed
+    assert len({r["id"] for r in records}) == 1123 and sum("#" in r["id"] for r in records) == 8
+    named = [c.same_answer(c.extract_answer(r["reference"]["reasoning"], r["choices"]), r["answer"]) for r in records]
+    assert sum(named) >= 1090  # the others misspell the choice, name none or name a wrong one
