@@ -120,10 +120,10 @@ def write_json(path: str | Path, value) -> None:
 def read_jsonl(path: str | Path) -> list[dict]:
     """All records of a JSON-lines file; a last line cut short by an interruption is dropped."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in filter(None, Path(path).read_bytes().split(b"\n")):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut in the middle of JSON, or of a character
             break
     return records
 

@@ -27,7 +27,7 @@ def token_statistics(args) -> None:
             head(rows)
 
     def naive():
-        logp = torch.stack([head(h) for h in hidden]).log_softmax(-1)
+        logp = head(hidden).log_softmax(-1)
         return logp.gather(-1, targets[:, None]), -(logp.exp() * logp).sum(-1)
 
     variants = {"bare matrix product": bare, "ours": lambda: c.head_statistics(hidden, head, targets), "naive": naive}

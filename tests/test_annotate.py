@@ -144,6 +144,7 @@ def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
     assert row["keys_filtered"] == {"Image_level": REFINED["image"], "Reasoning_level": ["So, the answer is 8, or eight."]}
     first, second = endpoint.asked("What is 1 {here}?")
     assert (first["model"], first["path"], first["key"]) == ("some-model", "/v1/chat/completions", f"Bearer {KEY}")
+    assert estimate.ANNOTATE["task"] in first["text"] and estimate.REFINE["task"] in second["text"]
     assert "Answer: eight\n" in first["text"] and "Rationale: Three and five make eight." in first["text"]
     assert not any("Rationale" in r["text"] or "The key" in r["text"] for r in endpoint.asked("What is 0 {here}?"))
     assert "The sky is blue." in second["text"] and "Rationale:" not in second["text"] and "The sky is blue." not in first["text"]

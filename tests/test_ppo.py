@@ -34,7 +34,8 @@ def models(warm):
 
 @pytest.fixture
 def args():
-    flags = "--updates 10 --batch-size 4 --micro-batch 5 --lr 1e-4 --kl-coef 0.05 --max-new-tokens 70 --minibatches 1 --epochs 1"
+    flags = "--updates 10 --batch-size 4 --generate-batch 36 --micro-batch 5 --lr 1e-4 --kl-coef 0.05"
+    flags += " --max-new-tokens 70 --minibatches 1 --epochs 1"
     return ppo.parse_args(flags.split())
 
 
