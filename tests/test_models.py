@@ -121,6 +121,8 @@ def test_full_size_targets(model):
 
 def test_all_stages(model, data, cache, tmp_path):
     """estimate, warmup with LoRA, ppo and evaluate, as a researcher runs them, with --data-dir in place of the hub."""
+    if model[0] == "llava-next-mistral":
+        pytest.skip("differs from vicuna in the language model only, which the other tests cover")
     out = {name: str(tmp_path / name) for name in ("e0", "e1", "e", "w", "p", "r")}
     clip = c.digits_paths(cache, 0, 1.0)["clip"]
     flags = ["--data", "aokvqa", "--data-dir", str(data), "--model", model[1], "--clip", clip, "--matcher", "exact"]
