@@ -48,6 +48,7 @@ from transformers import LogitsProcessor
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
+MATCHER = ("exact", "cross-encoder/stsb-roberta-large")  # for digits, for other data (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What a model is asked (the digits model knows its questions bare); edit it here, every stage uses it.
@@ -98,11 +99,15 @@ def add_training_arguments(group) -> None:
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a second forward pass")
 
 
+def default_of(pair: tuple, setup: dict):
+    return pair[0 if setup["data"].startswith("digits") else 1]
+
+
 def fill_defaults(args: argparse.Namespace, defaults: dict[str, tuple], setup: dict) -> None:
     """Give every flag that was left out its default: the first of the pair for digits, the second for other data."""
     for name, pair in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, pair[0 if setup["data"].startswith("digits") else 1])
+            setattr(args, name, default_of(pair, setup))
 
 
 def read_json(path: str | Path):
@@ -428,8 +433,7 @@ def read_row(row: dict, published: bool) -> dict:
     else:
         given = unpack(row["rationales"], list) if row.get("rationales") else [row.get("lecture") or "", row.get("solution") or ""]
         texts = {"image": [], "reasoning": [text[a:b] for text in given for a, b in split_sentences(text)]}
-    texts = {k: [" ".join(s.split()) for s in v if re.search(r"\w", s)] for k, v in texts.items()}
-    reference = {k: [s if re.search(r"[.!?][\"')\]]*$", s) else f"{s}." for s in v] for k, v in texts.items()}
+    reference = {k: tidy(v) for k, v in texts.items()}
     index, said = row.get("correct_choice_idx", row.get("answer")), extract_answer(reference["reasoning"], choices)
     answer = dict(enumerate(choices))[int(index)] if choices and index is not None else said
     ways = [answer or "", *([] if choices else re.split(r"\s+or\s+", answer or ""))]  # "a sponge cake or pound cake"
@@ -439,6 +443,12 @@ def read_row(row: dict, published: bool) -> dict:
     question = " ".join(filter(None, [(row.get("hint") or "").strip(), question]))  # what a ScienceQA question refers to
     record = {"question": question, "choices": choices, "answer": answer, "answers": answers, "reference": reference}
     return record | {"flaw": next((flaw for flaw, holds in flaws.items() if holds), None)}
+
+
+def tidy(texts: Sequence[str]) -> list[str]:
+    """The texts that hold a word, each on one line and with its full stop."""
+    lines = [" ".join(text.split()) for text in texts if re.search(r"\w", text)]
+    return [s if re.search(r"[.!?][\"')\]]*$", s) else f"{s}." for s in lines]
 
 
 def unpack(value, kind: type):
@@ -694,7 +704,7 @@ def enable_checkpointing(model) -> None:
     """Keep the input of each layer instead of all it computes. It needs train mode, which nothing else may notice: no dropout."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    (model.get_base_model() if hasattr(model, "get_base_model") else model).recomputes_layers = True
+    model.recomputes_layers = True
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -828,7 +838,7 @@ def response_statistics(model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and last hidden state (B, T, H) of the
     response tokens: the state at position t - 1 predicts token t. Only response tokens meet the output head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    model.train(getattr(base, "recomputes_layers", False) and torch.is_grad_enabled())  # see enable_checkpointing
+    model.train(getattr(model, "recomputes_layers", False) and torch.is_grad_enabled())  # see enable_checkpointing
     head, before = model.get_output_embeddings(), slice(batch.start - 1, -1)
     targets = batch.responses[batch.mask]
     if head is not None:
@@ -1188,10 +1198,10 @@ class ClipScorer:
     @torch.no_grad()
     def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
         """Cosines (n,) of n pairs of image path and sentence."""
-        for paths in _chunks([p for p in dict.fromkeys(images) if p not in self.images], 256):
+        for paths in chunks([p for p in dict.fromkeys(images) if p not in self.images], 256):
             pixels = torch.stack([self.preprocess(load_image(p)) for p in paths]).to(self.device)
             self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
-        for texts in _chunks([s for s in dict.fromkeys(sentences) if s not in self.sentences], 256):
+        for texts in chunks([s for s in dict.fromkeys(sentences) if s not in self.sentences], 256):
             parts = [self.windows(text) for text in texts]
             tokens = self.tokenizer([window for part in parts for window in part]).to(self.device)
             vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(part) for part in parts])
@@ -1200,8 +1210,8 @@ class ClipScorer:
         return np.array([self.images[p] @ self.sentences[s] for p, s in zip(images, sentences, strict=True)])
 
 
-def _chunks(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def chunks(items: list, size: int) -> Iterator[list]:
+    return (items[part] for part in _slices(len(items), size))
 
 
 @dataclass
@@ -1403,7 +1413,7 @@ def statement_levels(texts: list[str]) -> list[int | None]:
     """
     plain, known = [_plain(text) for text in texts], _known_statements()
     new = sorted({t for t in plain if t and t not in known and t not in _levels_seen}, key=len)
-    for chunk in _chunks(new, 256):
+    for chunk in chunks(new, 256):
         vote, pool = _statement_vote()
         near = (_statement_vectors([_OPENING.sub("", t) for t in chunk])[1] @ pool.T).max(1) >= FLOOR
         levels = vote.predict(_statement_vectors(chunk)[0])

@@ -46,8 +46,7 @@ import common as c
 # What is left out on the command line: (digits, other data)
 DEFAULTS = {
     "model": (None, "llava-hf/llava-v1.6-vicuna-7b-hf"), "clip": (None, "ViT-L-14-336/openai"),
-    "matcher": ("exact", "cross-encoder/stsb-roberta-large"), "limit": (3000, None), "max_new_tokens": (64, 256),
-    "batch_size": (250, 8),
+    "matcher": c.MATCHER, "limit": (3000, None), "max_new_tokens": (64, 256), "batch_size": (250, 8),
 }  # fmt: skip
 
 PROMPT = """You get an image, a question about it and the correct answer. {task}
@@ -210,7 +209,7 @@ def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
     for part, found in value.items():
         if not isinstance(found, list) or not found or not all(isinstance(s, str) and re.search(r"\w", s) for s in found):
             raise ValueError(f"{part} is not a list of sentences")
-        value[part] = [s if re.search(r"[.!?][\"')\]]*$", s) else s + "." for s in (" ".join(s.split()) for s in found)]
+        value[part] = c.tidy(found)
     named = c._plain(answer)
     if not any(f" {named} " in f" {c._plain(s)} " if named else answer in s for s in value["reasoning"]):
         raise ValueError("no reasoning sentence names the answer", repr(answer))
@@ -310,10 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     c.fill_defaults(args, DEFAULTS, vars(args))
     out, world = Path(args.out), c.digits_paths(args.cache, args.seed, args.noise_scale)
-    setup = {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
-    setup |= {"matcher": args.matcher, "similarity": args.similarity}
-    setup |= {"data": args.data, "data_dir": args.data_dir}
-    setup |= {"cache": args.cache, "noise_scale": args.noise_scale, "world_seed": args.seed}
+    setup = {name: getattr(args, name) for name in ("matcher", "similarity", "data", "data_dir", "cache", "noise_scale")}
+    setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"], "world_seed": args.seed}
     if args.merge:
         setups = [c.read_run(folder, "responses.jsonl")["setup"] for folder in args.merge]
         if any(other != setups[0] for other in setups):

@@ -424,8 +424,7 @@ def read_setup(args: argparse.Namespace) -> dict:
     setup |= config.get("setup", {})
     given = {"data": args.data, "data_dir": args.data_dir, "noise_scale": args.noise_scale, "cache": args.cache}
     setup |= {k: v for k, v in given.items() if v is not None}
-    digits = setup["data"].startswith("digits")
-    return setup | {"matcher": setup["matcher"] or ("exact" if digits else "cross-encoder/stsb-roberta-large")}
+    return setup | {"matcher": setup["matcher"] or c.default_of(c.MATCHER, setup)}
 
 
 def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_tokens: int, seed: int) -> list[dict]:

@@ -165,14 +165,14 @@ def rollout(models: Models, questions: list[dict], args: argparse.Namespace, see
     records = [q for q in questions for _ in range(args.samples)]
     known = models.policy.dtype == torch.float32  # then generation has the numbers of the update's pass; bfloat16 rounds otherwise
     generations = []
-    for part in c._chunks(records, args.generate_batch):
+    for part in c.chunks(records, args.generate_batch):
         sampling = (args.temperature, args.max_new_tokens, seed + 1_000_003 * (first + len(generations)), known)
         generations += c.generate(models.policy, models.processor, part, *sampling)
     steps = c.parse([g.text for g in generations])
     B, T = len(records), max(len(g.ids) for g in generations)
     mask, statement = torch.zeros(2, B, T, dtype=torch.bool)
     logprob, ref_logprob = torch.zeros(2, B, T)
-    hidden = torch.zeros(B, T, models.value_head.layers[0].in_features - 3)
+    hidden = torch.zeros(B, T, models.policy.get_output_embeddings().in_features)
     for row, (generation, sentence_steps) in enumerate(zip(generations, steps, strict=True)):
         mask[row, : len(generation.ids)] = True
         if known:
@@ -200,7 +200,7 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
         if not steps:
             parts["r_ec"][row] = parts["r_cs"][row] = -1.0
             scores[row, last] -= args.beta + args.gamma
-        total = credited = 0.0
+        total, credited, length = 0.0, 0.0, len(c.chain(roll.records[row]))
         for t, step in enumerate(steps):
             ec = cs = -1.0
             if step.level is not None:
@@ -209,7 +209,7 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
             ka = float(correct[t])  # eq. 10
             for name, term in (("r_ka", ka), ("r_ec", ec), ("r_cs", cs)):
                 parts[name][row] += term / len(steps)
-            expected = max(t + 1, len(c.chain(roll.records[row])))
+            expected = max(t + 1, length)
             for end, term in ((step.end, args.alpha * ka), (step.stop, args.beta * ec + args.gamma * cs)):
                 total += term
                 if args.reward_placement == "sentence":
