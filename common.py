@@ -94,6 +94,7 @@ def add_run_arguments(group, out: str) -> None:
 def add_training_arguments(group) -> None:
     group.add_argument("--lora-rank", type=int, help="rank of a new LoRA adapter; 0 trains all weights (0 / 16)")
     group.add_argument("--lora-alpha", type=float, help="scale of the adapter (default: twice the rank)")
+    group.add_argument("--lora-dropout", type=float, default=0.0, help="of a new adapter, in warm-up only (default: 0)")
     group.add_argument("--lora-targets", metavar="REGEX", default=LORA_TARGETS, help="layers that get it (default: every linear "
                        "layer of the language model)")  # fmt: skip
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a second forward pass")
@@ -133,13 +134,12 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return records
 
 
-def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+def write_jsonl(path: str | Path, records: Sequence[dict], mode: str = "w") -> None:
+    with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+append_jsonl = functools.partial(write_jsonl, mode="a")
 
 
 def chain(record: dict) -> list[str]:
@@ -191,10 +191,8 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
                 shutil.copy(out / name, args.out)
         path = Path(args.out) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for name in ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    names = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     config = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
     write_json(path, config)
@@ -254,6 +252,7 @@ FAMILIES = {
     "larger": "Which of the two digits is larger?",
 }
 DATASETS = ("digits", "digits-ood")
+NOISE = {0.15: 0.72, 0.45: 0.08, 2.5: 0.20}  # standard deviation of a digit's noise: how often it is drawn
 MISREAD = 0.35  # share of misread sentences in the base model's training chains
 
 
@@ -267,11 +266,6 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
     start = sum(size for name, size in POOLS.items() if list(POOLS).index(name) < list(POOLS).index(pool))
     rows = order[start : start + POOLS[pool]]
     return digits.images[rows] / 16.0, digits.target[rows]
-
-
-def draw_noise(rng: np.random.Generator) -> float:
-    """Standard deviation of one digit's noise."""
-    return float(rng.choice([0.15, 0.45, 2.5], p=[0.70, 0.08, 0.22]))
 
 
 def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
@@ -302,7 +296,7 @@ def draw_digits(rng: np.random.Generator, pool: str, noise: float | None = None,
         scan = scans[row]
         if damage:
             scan = damage_scan(scan, rng)
-        sigma = 0.15 if damage else noise if noise is not None else draw_noise(rng)
+        sigma = 0.15 if damage else noise if noise is not None else rng.choice(list(NOISE), p=list(NOISE.values()))
         canvas[4:12, 8 * side : 8 * side + 8] = scan + rng.normal(0, sigma * noise_scale, scan.shape)
     chain = digit_chain(family, left, right)
     answer = chain["reasoning"][-1].removeprefix("So, the answer is ").rstrip(".")
@@ -691,7 +685,8 @@ def add_lora(model, args: argparse.Namespace):
     if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
         usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
     alpha = args.lora_alpha or 2 * args.lora_rank
-    return get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=args.lora_targets))
+    options = {"lora_alpha": alpha, "target_modules": args.lora_targets, "lora_dropout": args.lora_dropout}
+    return get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
 
 
 def freeze_vision(model) -> None:
@@ -700,13 +695,15 @@ def freeze_vision(model) -> None:
         parameter.requires_grad_("vision" not in name and "visual" not in name)
 
 
-def enable_checkpointing(model) -> None:
-    """Keep the input of each layer instead of all it computes. It needs train mode, which nothing else may notice: no dropout."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.recomputes_layers = True
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+def enable_train_mode(model, checkpointing: bool = True, lora_dropout: bool = False) -> None:
+    """Train mode in passes with gradient, for gradient checkpointing (keep the input of each layer instead of all it computes) and
+    for the dropout of an adapter. All other dropout is off, so that nothing else notices the mode."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.has_train_mode = bool(checkpointing or lora_dropout)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not (lora_dropout and "lora_dropout" in name):
             module.p = 0.0
 
 
@@ -742,8 +739,7 @@ def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = Fal
     if trainable:
         if not hasattr(model, "peft_config"):
             freeze_vision(model)
-        if args.gradient_checkpointing:
-            enable_checkpointing(model)
+        enable_train_mode(model, args.gradient_checkpointing, not adapter.exists() and args.lora_rank and args.lora_dropout > 0)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
     return model.eval(), processor  # eval: no dropout anywhere, so that every forward pass computes the same policy
@@ -838,13 +834,14 @@ def response_statistics(model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and last hidden state (B, T, H) of the
     response tokens: the state at position t - 1 predicts token t. Only response tokens meet the output head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    model.train(getattr(model, "recomputes_layers", False) and torch.is_grad_enabled())  # see enable_checkpointing
-    head, before = model.get_output_embeddings(), slice(batch.start - 1, -1)
-    targets = batch.responses[batch.mask]
-    if head is not None:
+    if not hasattr(model, "transform"):
+        model.transform = logit_transform(model)
+    model.train(getattr(model, "has_train_mode", False) and torch.is_grad_enabled())
+    before, targets = slice(batch.start - 1, -1), batch.responses[batch.mask]
+    if model.transform:
         hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before]
-        logprob, entropy = head_statistics(hidden[batch.mask], head, targets, logit_softcap(model))
-    else:  # a model that hides its head
+        logprob, entropy = head_statistics(hidden[batch.mask], model.get_output_embeddings(), targets, *model.transform)
+    else:  # a model that hides its head, or what it does with its logits
         output = model(**batch.inputs, use_cache=False, output_hidden_states=True)
         hidden = output.hidden_states[-1][:, before]
         logprob, entropy = token_statistics(output.logits[:, before][batch.mask], targets)
@@ -875,22 +872,39 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(-1, targets[:, None]).squeeze(-1) - lse, entropy.clamp(min=0.0)
 
 
-def logit_softcap(model) -> float | None:
-    """The c of architectures whose logits are c tanh(logits / c)."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+@torch.no_grad()
+def logit_transform(model) -> tuple[float, float | None] | None:
+    """(scale s, soft-cap k) of a model whose logits are s head(hidden), or k tanh(head(hidden) / k); None where they are neither.
+
+    Not every model applies what its text configuration holds, so both are tried, on two tokens."""
+    base, head = model.get_base_model() if hasattr(model, "get_base_model") else model, model.get_output_embeddings()
+    if head is None or not hasattr(base, "model"):
+        return None
+    tokens, text = torch.tensor([[0, 1]], device=model.device), model.config.get_text_config()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    logits, z = model(**inputs).logits.float(), head(base.model(**inputs).last_hidden_state).float()
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    for s, k in ((1.0, None), (scale, None), (1.0, getattr(text, "final_logit_softcapping", None))):
+        if (logits - (k * torch.tanh(z / k) if k else s * z)).abs().max() <= 0.01 * logits.abs().max():
+            return s, k
+    return None
 
 
-def head_statistics(hidden: Tensor, head: torch.nn.Module, targets: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """`token_statistics(head(hidden), targets)` with gradient, without ever holding logits (L, V).
+def head_statistics(
+    hidden: Tensor, head: torch.nn.Module, targets: Tensor, scale: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_statistics(logits, targets)` of logits = scale head(hidden), or softcap tanh(head(hidden) / softcap), with gradient,
+    without ever holding logits (L, V).
 
     hidden (L, H), any float type; targets (L,) -> logprob (L,), entropy (L,), float32. A plain linear head is taken apart along its
     vocabulary (`_HeadStatistics`); any other module (an adapter on the head, quantised weights) gets 64 rows at a time.
     """
     if type(head) is torch.nn.Linear:
-        return _HeadStatistics.apply(hidden, head.weight, head.bias, targets, softcap)
+        bias = None if head.bias is None else head.bias * scale
+        return _HeadStatistics.apply(hidden if scale == 1 else hidden * scale, head.weight, bias, targets, softcap)
 
     def some_rows(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h).float()
+        logits = head(h).float() * scale
         return token_statistics(softcap * torch.tanh(logits / softcap) if softcap else logits, y)
 
     rows = [checkpoint(some_rows, h, y, use_reentrant=False) for h, y in zip(hidden.split(64), targets.split(64), strict=True)]
@@ -1122,9 +1136,7 @@ class SentenceEncoder:
         return self.model.encode(texts, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
 
 
-@functools.cache
-def default_encoder() -> SentenceEncoder:
-    return SentenceEncoder()
+sentence_encoder = functools.cache(SentenceEncoder)  # one of each in a run
 
 
 class Similarity:
@@ -1144,7 +1156,7 @@ class Similarity:
             from sentence_transformers import CrossEncoder
 
             self.cross_encoder = CrossEncoder(name, device=device)
-        self.encoder = SentenceEncoder(name, device) if name else default_encoder()
+        self.encoder = sentence_encoder(name, device)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """-> (n,) similarities of n pairs."""
@@ -1383,13 +1395,14 @@ def _bare_step(text: str, start: int, end: int) -> Step:
 # Reverse mapping: where the cosine floor lies, and the support vector machine whose kernel on unit vectors is
 # exp(2 GAMMA (cosine - 1)). The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
 FLOOR, GAMMA, C = 0.57, 2.0, 10.0
+statement_encoder = None  # all-MiniLM-L6-v2, for which these hold; --statement-encoder names another
 _CONCLUSION = re.compile(r"^(?:so |therefore |thus |hence )?the (?:correct |right |final )?(?:answer|choice|option) is ")
 _OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
 
 
 def _statement_vectors(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
-    words, middle, sentence = default_encoder().layers(texts, (0, 4, -1))
+    words, middle, sentence = sentence_encoder(statement_encoder).layers(texts, (0, 4, -1))
     return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
 
 

@@ -94,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--clip", help="open_clip model NAME/TAG or folder (the digits world's own / ViT-L-14-336/openai)")
     model.add_argument("--matcher", help="exact, or a cross-encoder model (exact / cross-encoder/stsb-roberta-large)")
     model.add_argument("--similarity", help="g of TokenSAR: a sentence encoder or cross-encoder (default: all-MiniLM-L6-v2)")
+    model.add_argument("--statement-encoder", help="sentence encoder that maps statements to levels (default: all-MiniLM-L6-v2)")
     model.add_argument("--temperature", type=float, default=0.1, help="of sampling (default: %(default)s, App. B)")
     model.add_argument("--max-new-tokens", type=int, help="longest response (64 / 256)")
     model.add_argument("--batch-size", type=int, help="questions a batch (250 / 8)")
@@ -103,7 +104,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             help="w_0..w_3 of eq. 7, scaled to sum 1; 0 leaves an estimator out (default: 0.25 each)")  # fmt: skip
     confidence.add_argument("--fuse", choices=["mean", "max"], default="mean", help="weighted mean (eq. 7) or largest")
     confidence.add_argument("--levels", choices=["sigma", "uniform"], default="sigma", help="cuts: mu and sigma, or fifths")
-    add_annotate_arguments(parser)
+    chains = parser.add_argument_group("reference chains")
+    chains.add_argument("--annotate", metavar="MODEL", help="only write reference chains, with a model at OPENAI_BASE_URL")
+    chains.add_argument("--concurrency", type=int, default=8, help="requests at the same time (default: %(default)s)")
+    chains.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, to print the cost")
     c.add_run_arguments(parser.add_argument_group("run"), out="estimate")
     args = parser.parse_args(argv)
     problems = c.positive(args, "limit", "noise_scale", "max_new_tokens", "batch_size")
@@ -180,13 +184,6 @@ def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
     axis.set(yscale="log", xlim=(0, 1))
     axis.legend()
     figure.savefig(path, dpi=120)
-
-
-def add_annotate_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("reference chains")
-    group.add_argument("--annotate", metavar="MODEL", help="only write reference chains, with a model at OPENAI_BASE_URL")
-    group.add_argument("--concurrency", type=int, default=8, help="requests at the same time (default: %(default)s)")
-    group.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, to print the cost")
 
 
 def annotate_problems(args: argparse.Namespace) -> list[str]:
@@ -309,8 +306,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     c.fill_defaults(args, DEFAULTS, vars(args))
     out, world = Path(args.out), c.digits_paths(args.cache, args.seed, args.noise_scale)
-    setup = {name: getattr(args, name) for name in ("matcher", "similarity", "data", "data_dir", "cache", "noise_scale")}
-    setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"], "world_seed": args.seed}
+    names = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
+    setup = {name: getattr(args, name) for name in names} | {"world_seed": args.seed}
+    setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if args.merge:
         setups = [c.read_run(folder, "responses.jsonl")["setup"] for folder in args.merge]
         if any(other != setups[0] for other in setups):

@@ -72,8 +72,7 @@ def ece(confidence, correct, n_bins=10):
 
 def mece(predictions):
     """Multi-granular ECE, eq. 15-17; a response without any statement is left out (`coverage` stands beside it)."""
-    errors = [[abs(s["correct"] - c.conf(s["level"])) for s in p["sentences"] if s["level"] is not None]
-              for p in predictions]
+    errors = [[abs(s["correct"] - c.conf(s["level"])) for s in p["sentences"] if s["level"] is not None] for p in predictions]
     return mean([mean(e) for e in errors if e])  # inner mean: eq. 16; outer mean: eq. 17
 
 
@@ -189,16 +188,15 @@ def fmt(value, digits=3):
 
 def format_table(rows):
     """{run name: metrics} -> a markdown table, padded so that it also reads well in a terminal."""
-    table = [["run", "ECE↓", "MECE↓ (always level k)", "Brier skill↑", "AUROC↑", "AUROC-sent↑ (image / reasoning)",
-              "Acc↑", "F1↑", "coverage", "levels used"]]
+    table = [["run", "ECE↓", "MECE↓ (always level k)", "Brier skill↑", "AUROC↑", "AUROC-sent↑ (image / reasoning)", "Acc↑", "F1↑",
+              "coverage", "levels used"]]
     for name, m in rows.items():
         k, image, reasoning = m["mece_constant_level"], m["image"], m["reasoning"]
         constant = f" ({fmt(m['mece_constant'])}, k={k})" if k else ""
         parts = f" ({fmt(image['auroc_sentence'])} / {fmt(reasoning['auroc_sentence'])})"
         used = " ".join(str(level) if m["level_histogram"][str(level)] else "·" for level in LEVELS)
-        table.append([name.replace("|", "\\|"), fmt(m["ece"]), fmt(m["mece"]) + constant, fmt(m["brier_skill"]),
-                      fmt(m["auroc"]), fmt(m["auroc_sentence"]) + parts, fmt(m["accuracy"]), fmt(m["f1"]),
-                      fmt(m["coverage"]), used])
+        table.append([name.replace("|", "\\|"), fmt(m["ece"]), fmt(m["mece"]) + constant, fmt(m["brier_skill"]), fmt(m["auroc"]),
+                      fmt(m["auroc_sentence"]) + parts, fmt(m["accuracy"]), fmt(m["f1"]), fmt(m["coverage"]), used])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -256,37 +254,30 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>
 :root { --bg: #f5f6f8; --card: #fff; --ink: #1b1f24; --soft: #5a6472; --line: #d9dee5; --tint: 30 100 210; --right: #00724f;
-  --wrong: #b3400a }
-* { box-sizing: border-box }
+  --wrong: #b3400a } * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.2rem; max-width: 1180px; background: var(--bg); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; margin: 0 0 .8rem } h2 { font-size: 1.05rem; margin: 0 }
 h3 { font-size: .75rem; color: var(--soft); margin: .7rem 0 .2rem; text-transform: uppercase; letter-spacing: .05em }
-div > h3:first-child, li:first-child h3 { margin-top: 0 }
+div > h3:first-child, li:first-child h3 { margin-top: 0 } dd { margin: 0; font-size: 1.25rem } dd small { display: block }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: .5rem; margin: 0 }
 dl div, .card, nav { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem }
-dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums } dd small { display: block }
-dt, small, .soft { font-size: .82rem; color: var(--soft) }
+dt, small, .soft { font-size: .82rem; color: var(--soft) } nav { position: sticky; top: 0; margin: 1rem 0 }
 .figure { display: block; max-width: 100%; width: 860px; margin: 1rem auto; border-radius: 8px }
-nav { position: sticky; top: 0; margin: 1rem 0 }
 nav div { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .2rem 0 }
 button { font: inherit; font-size: .9rem; padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--bg); color: inherit; cursor: pointer }
-button[aria-pressed=true] { background: var(--ink); color: var(--card) }
+  background: var(--bg); color: inherit; cursor: pointer } button[aria-pressed=true] { background: var(--ink); color: var(--card) }
 :focus-visible { outline: 3px solid rgb(var(--tint)); outline-offset: 2px }
 .card { padding: 1rem; margin-bottom: 1rem; display: grid; gap: .6rem 1.4rem;
-  grid-template-columns: auto minmax(0, 1.5fr) minmax(0, 1fr) }
-.card[hidden] { display: none } .card header { grid-column: 1 / -1 }
-.card img { display: block; width: 200px; border-radius: 4px }
-.card img.pixelated { width: 160px; image-rendering: pixelated } .missing { width: 160px; margin: 0 }
-ol, ul { list-style: none; margin: 0; padding: 0 } li { margin: .25rem 0 } .answer { margin: .7rem 0 0 }
-.s { padding: .25rem .6rem; border-radius: 5px; border-left: 4px solid var(--right) }
-.s.no { border-left: 4px dashed var(--wrong) } .l0 { outline: 1px dashed var(--line) }
+  grid-template-columns: auto minmax(0, 1.5fr) minmax(0, 1fr) } .card[hidden] { display: none } .card header { grid-column: 1 / -1 }
+.card img { display: block; width: 200px; border-radius: 4px } .missing { width: 160px; margin: 0 }
+.card img.pixelated { width: 160px; image-rendering: pixelated } .answer { margin: .7rem 0 0 }
+ol, ul { list-style: none; margin: 0; padding: 0 } li { margin: .25rem 0 } .l0 { outline: 1px dashed var(--line) }
+.s { padding: .25rem .6rem; border-radius: 5px; border-left: 4px solid var(--right) } .s.no { border-left: 4px dashed var(--wrong) }
 .l1 { background: rgb(var(--tint) / .05) } .l2 { background: rgb(var(--tint) / .15) } .l3 { background: rgb(var(--tint) / .26) }
-.l4 { background: rgb(var(--tint) / .38) } .l5 { background: rgb(var(--tint) / .52) }
-.legend span { padding: 0 .5rem; border-radius: 4px; color: var(--ink) }
+.l4 { background: rgb(var(--tint) / .38) } .l5 { background: rgb(var(--tint) / .52) } b.yes { color: var(--right) }
+.legend span { padding: 0 .5rem; border-radius: 4px; color: var(--ink) } b.no { color: var(--wrong) }
 .level { padding: 0 .35em; font-size: .8rem; border: 1px solid currentColor; border-radius: 4px; margin-right: .45em }
-b.yes { color: var(--right) } b.no { color: var(--wrong) }
 .s b.yes, .s b.no { background: var(--card); border-radius: 4px; padding: 0 .25em; margin-left: .3em }
 @media (max-width: 820px) { .card { grid-template-columns: minmax(0, 1fr) } nav { position: static } }
 </style></head><body>
@@ -308,10 +299,8 @@ buttons.forEach(button => button.addEventListener("click", () => {
 
 FILTERS = {  # tag: (label, test of a question)
     "all": ("all", lambda p: True),
-    "overconfident": ("confident and wrong",
-                      lambda p: any((s["level"] or 0) >= 4 and not s["correct"] for s in p["sentences"])),
-    "underconfident": ("unsure and right",
-                       lambda p: any((s["level"] or 5) <= 2 and s["correct"] for s in p["sentences"])),
+    "overconfident": ("confident and wrong", lambda p: any((s["level"] or 0) >= 4 and not s["correct"] for s in p["sentences"])),
+    "underconfident": ("unsure and right", lambda p: any((s["level"] or 5) <= 2 and s["correct"] for s in p["sentences"])),
     "wrong": ("wrong answer", lambda p: not p["answer_correct"]),
     "unstated": ("no statement", lambda p: any(s["level"] is None for s in p["sentences"]) or not p["sentences"]),
 }
@@ -351,8 +340,7 @@ def card_html(p):
         level = f'<b class="level" title="expressed level">{s["level"] or "–"}</b>'
         statement = f" <i>{escape(s['statement'])}</i>" if s["statement"] else ""
         css = f"s l{s['level'] or 0} {'yes' if s['correct'] else 'no'}"
-        sentences.append(f'<li class="{css}">{level}{escape(s["text"])}{statement} '
-                         f"{mark(s['correct'], 'right', 'wrong')}</li>")
+        sentences.append(f'<li class="{css}">{level}{escape(s["text"])}{statement} {mark(s["correct"], "right", "wrong")}</li>')
     reference = ""
     for part in PARTS:
         pairs = zip(p["reference"].get(part, []), p["covered"].get(part, []), strict=True)
@@ -456,6 +444,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     records = c.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
     model, processor = c.load_model(args.ckpt, args)
+    c.statement_encoder = setup.get("statement_encoder")
     matcher, path = c.Matcher(setup["matcher"], device=args.device), out / "predictions.jsonl"
     predictions = c.read_jsonl(path) if path.exists() else []
     bar = tqdm(total=len(records), initial=len(predictions), desc="evaluate")

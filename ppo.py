@@ -55,7 +55,7 @@ import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
-    "updates": (60, 200), "batch_size": (64, 16), "lr": (2e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
+    "updates": (48, 200), "batch_size": (64, 16), "lr": (2e-4, 1e-5), "kl_coef": (0.03, 0.03), "micro_batch": (48, 4),
     "max_new_tokens": (72, 256), "generate_batch": (192, 8), "lora_rank": (0, 16),
 }  # fmt: skip
 
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     reward.add_argument("--reward-placement", choices=["sentence", "end"], default="sentence", help="see choice 2 above")
     reward.add_argument("--kl-coef", type=float, help="penalty for leaving the warm-up policy (0.03 / 0.03)")
     rollout = parser.add_argument_group("rollouts (defaults: digits / other data)")
-    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (60 / 200)")
+    rollout.add_argument("--updates", type=int, help="number of rollouts and updates (48 / 200)")
     rollout.add_argument("--batch-size", type=int, help="questions a rollout (64 / 16)")
     rollout.add_argument("--samples", type=int, default=3, help="N, responses a question (default: 3, App. B)")
     rollout.add_argument("--generate-batch", type=int, help="responses generated at once; changes memory (192 / 8)")
@@ -400,6 +400,7 @@ def load_models(ckpt: Path, args: argparse.Namespace) -> Models:
 
 def load_judge(confidence: dict, setup: dict, args: argparse.Namespace) -> Judge:
     similarity, matcher = c.Similarity(setup["similarity"], args.device), c.Matcher(setup["matcher"], device=args.device)
+    c.statement_encoder = setup.get("statement_encoder")
     return Judge(confidence, c.ClipScorer(setup["clip"], args.device), similarity, matcher)
 
 

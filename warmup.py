@@ -33,7 +33,7 @@ import common as c
 
 # What is left out on the command line: (digits, real models as in App. B)
 DEFAULTS = {
-    "statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (8, 1), "lora_rank": (0, 16),
+    "statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (6, 1), "lora_rank": (0, 16),
     "micro_batch": (64, 4),
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--statements-per-level", type=int, help="how many of the pool's 40 are used, evenly spaced (8 / 40)")
     data.add_argument("--explore", type=float, default=0.4, help="share of statements moved to a neighbouring level (default: 0.4)")
     training = parser.add_argument_group("training (defaults: digits / other data)")
-    training.add_argument("--epochs", type=int, help="passes over the responses (8 / 1)")
+    training.add_argument("--epochs", type=int, help="passes over the responses (6 / 1)")
     training.add_argument("--batch-size", type=int, help="responses an optimizer step (32 / 16)")
     training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
     training.add_argument("--lr", type=float, help="peak learning rate of AdamW (3e-3 / 1e-4)")

@@ -80,7 +80,7 @@ def build_cross_encoder(folder: Path) -> str:
     """A cross-encoder of MiniLM's size with random weights, with the tokenizer of the packaged sentence encoder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = c.default_encoder().model.tokenizer
+    tokenizer = c.sentence_encoder().model.tokenizer
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
         num_labels=1,

@@ -1,26 +1,73 @@
 """How fast is a PPO update on digits, against the bare passes it needs? Run by hand: python tests/bench_ppo.py [--help]
 
 It needs a folder that warmup.py wrote: python estimate.py && python warmup.py && python tests/bench_ppo.py --ckpt warmup/
+With --memory it needs nothing: the memory plan of ppo.py against the peak of a real update, for models of two sizes.
 """
 
 import argparse
+import copy
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
-from benchmark import machine, report
+from benchmark import machine, peak_memory, report
 
 import common as c
 import ppo
+
+
+def memory(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, tokens: int) -> None:
+    """An update of full fine-tuning on random responses: planned and measured GB, without what holds the program itself."""
+    processor = c.build_digits_processor()
+    model = c.build_digits_model(processor, hidden_size, layers, vocab_size)
+    model.config.text_config.max_position_embeddings = 4096
+    pixels = [c.draw_digits(np.random.default_rng(i), "base")[0] for i in range(micro_batch)]
+    records = [{"image": c.to_image(x), "question": "?", "reference": {"image": [], "reasoning": []}} for x in pixels]
+    prompt = c.collate(processor, records).start
+    with tempfile.TemporaryDirectory() as folder:
+        c.save_model(model, processor, folder)
+        del model
+        flags = f"--dry-run --model {folder} --lora-rank 0 --prompt-tokens {prompt} --max-new-tokens {tokens} --epochs 1"
+        flags += f" --samples 1 --minibatches 2 --micro-batch {micro_batch} --batch-size {4 * micro_batch} --lr 1e-5"
+        args = ppo.parse_args(flags.split())
+        c.fill_defaults(args, ppo.DEFAULTS, {"data": "real"})
+        plan = ppo.memory_plan(args)
+        generator, shape = torch.Generator().manual_seed(0), (4 * micro_batch, tokens)
+        ids = torch.randint(300, 500, shape, generator=generator).tolist()
+        generations = [c.Generation(row, "", [(0, 0)] * tokens, None, None) for row in ids]
+        mask = torch.ones(shape, dtype=torch.bool)
+
+        def update():
+            models = ppo.load_models(Path(folder), copy.copy(args))
+            optimizer = ppo.make_optimizers(models, args)["policy"]
+            hidden = torch.zeros(*shape, hidden_size)
+            roll = ppo.Rollout(records * 4, generations, [], mask, ~mask, -torch.ones(shape), -torch.ones(shape), hidden)
+            ppo.update(models, optimizer, roll, torch.randn(shape), args, 0)
+
+        measured = peak_memory(update)
+    planned = sum(v for k, v in plan.items() if k != "peak" and not k.startswith("sampling")) / 1e9
+    name = f"{hidden_size} wide, {layers} layers, vocabulary {vocab_size:,}, {micro_batch} x {prompt + tokens} tokens"
+    print(f"| {name} | {planned:.3f} | {measured:.3f} | {planned / measured:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="warmup", help="folder of warmup.py")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="the memory plan instead")
     bench, rest = parser.parse_known_args()
+    if bench.memory:
+        if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # else glibc keeps freed blocks, and the resident set shows its habits
+            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+        print(machine(), "\n\n| model | planned GB | measured GB | ratio |\n|---|---|---|---|")
+        memory(128, 4, 1000, 128, 300)
+        memory(768, 12, 32_000, 8, 400)
+        return
     args = ppo.parse_args(["--ckpt", bench.ckpt, *rest])
     ckpt = Path(bench.ckpt)
     config = c.read_run(ckpt, "sft.jsonl", "confidence.json")

@@ -1,6 +1,5 @@
 """Reference chains through a real HTTP server that speaks the chat completions protocol."""
 
-import argparse
 import base64
 import json
 import multiprocessing
@@ -110,11 +109,9 @@ def make(tmp_path):
 
 @pytest.fixture
 def args(tmp_path):
-    parser = argparse.ArgumentParser()
-    estimate.add_annotate_arguments(parser)
-    args = parser.parse_args(["--annotate", "some-model"])
+    args = estimate.parse_args(["--out", str(tmp_path / "out"), "--limit", "10", "--device", "cpu"])
     assert args.concurrency == 8 and args.price is None
-    vars(args).update(out=str(tmp_path / "out"), data="digits", overwrite=False, limit=10, device="cpu", allow_bad_records=False)
+    args.annotate = "some-model"
     return args
 
 

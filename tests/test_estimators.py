@@ -55,11 +55,12 @@ def test_head_statistics(vocabulary, bias, softcap, plain_head):
     head.weight.data *= 5
     targets, weights = torch.randint(vocabulary, (300,)), torch.randn(2, 300)
     module = head if plain_head else torch.nn.Sequential(head)
-    logprob, entropy = c.head_statistics(hidden, module, targets, softcap)
+    scale = 1.0 if softcap else 0.3
+    logprob, entropy = c.head_statistics(hidden, module, targets, scale, softcap)
     (weights[0] @ logprob + weights[1] @ entropy).backward()
 
     twin, twin_head = hidden.detach().double().requires_grad_(), copy.deepcopy(head).double()
-    logits = twin_head(twin)
+    logits = scale * twin_head(twin)
     logp = (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
     expected = logp.gather(-1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
     twin_head.zero_grad()
@@ -79,6 +80,39 @@ def test_head_statistics_in_bfloat16_and_any_blocks(monkeypatch):
         monkeypatch.setattr(c._HeadStatistics, "BLOCK", block)
         for value, expected in zip(c.head_statistics(hidden, head, targets), exact, strict=True):
             assert value.dtype == torch.float32 and torch.allclose(value, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "transform", "found"),
+    [
+        ({}, lambda z: z, (1.0, None)),
+        ({"logit_scale": 0.25}, lambda z: z / 4, (0.25, None)),
+        ({"logits_scaling": 8.0}, lambda z: z / 8, (0.125, None)),
+        ({"final_logit_softcapping": 5.0}, lambda z: 5 * torch.tanh(z / 5), (1.0, 5.0)),
+        ({"final_logit_softcapping": 5.0}, lambda z: z, (1.0, None)),  # configured and not applied
+        ({}, lambda z: z - 0.1 * z**2, None),  # nothing we know: the logits themselves are used
+    ],
+)
+def test_what_a_model_does_with_its_logits(base, records, text_config, transform, found):
+    model, processor = copy.deepcopy(base[0]), base[1]
+    vars(model).pop("transform", None)
+    for name, value in text_config.items():
+        setattr(model.config.text_config, name, value)
+
+    def forward(*args, original=model.forward, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits = transform(output.logits)
+        return output
+
+    model.forward = forward
+    batch = c.collate(processor, records[:3], c.response_ids(processor, ["The left digit is 3.", "No.", "3 plus 5 is 8."]))
+    with torch.no_grad():
+        logprob, entropy, _ = c.response_statistics(model, batch)
+        logits = model(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
+    expected = loop_statistics(logits, batch.responses[batch.mask])
+    assert model.transform == found
+    assert logprob[batch.mask].tolist() == pytest.approx(expected[0], abs=1e-4)
+    assert entropy[batch.mask].tolist() == pytest.approx(expected[1], abs=1e-4)
 
 
 def test_a_real_language_model():
@@ -150,7 +184,7 @@ def test_no_tokens_is_an_error(estimator):
 
 
 def test_token_relevance_is_one_minus_cosine():
-    encoder = c.default_encoder()
+    encoder = c.sentence_encoder()
     question, sentence = "What is the sum?", "3 plus 5 is 8."
     pieces = [(0, 1), (1, 6), (6, 8), (8, 11), (11, 13)]
     [relevance] = c.token_relevance([c.without_each_token(question, sentence, pieces)], c.Similarity())
@@ -165,7 +199,7 @@ def test_similarity_by_a_cross_encoder(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    tokenizer = c.default_encoder().model.tokenizer
+    tokenizer = c.sentence_encoder().model.tokenizer
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

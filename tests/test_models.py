@@ -112,7 +112,7 @@ def test_full_size_targets(model):
     assert 7e9 < sum(p.numel() for p in full.parameters()) < 9e9
     layers = full.config.get_text_config().num_hidden_layers
     linear = [n for n, m in full.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n]
-    args = argparse.Namespace(lora_rank=16, lora_alpha=None, lora_targets=c.LORA_TARGETS)
+    args = argparse.Namespace(lora_rank=16, lora_alpha=None, lora_dropout=0.0, lora_targets=c.LORA_TARGETS)
     adapted = c.add_lora(full, args)
     targets = [n for n, m in adapted.named_modules() if n.endswith(".base_layer")]
     assert len(targets) == len(linear) == 7 * layers

@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 import common as c
+import estimate
+import ppo
+import warmup
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run(script: str, *flags: str, processes: int = 1):
-    launch = LAUNCH if processes == 2 else []
-    command = [sys.executable, *launch, script, *flags, "--device", "cpu"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run_two(script: str, *flags: str) -> None:
+    command = [sys.executable, *LAUNCH, script, *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +29,14 @@ def two(cache, tmp_path_factory):
     """estimate, then warmup and ppo with one process and with two, on the same batches."""
     folder = tmp_path_factory.mktemp("two")
     flags = ["--limit", "16", "--batch-size", "16", "--max-new-tokens", "30", "--cache", str(cache), "--out", str(folder / "e")]
-    results = [run("estimate.py", *flags)]
-    for n in (1, 2):
-        flags = ["--estimate", str(folder / "e"), "--epochs", "6", "--batch-size", "8", "--save-every", "4"]
-        results.append(run("warmup.py", *flags, "--out", str(folder / f"w{n}"), processes=n))
+    estimate.main([*flags, "--device", "cpu"])
+    flags = ["--estimate", str(folder / "e"), "--epochs", "6", "--batch-size", "8", "--save-every", "4", "--device", "cpu", "--out"]
+    warmup.main([*flags, str(folder / "w1")])
+    run_two("warmup.py", *flags, str(folder / "w2"))
     flags = ["--updates", "1", "--value-updates", "0", "--batch-size", "4", "--generate-batch", "6", "--minibatches", "1"]
-    flags += ["--epochs", "1", "--max-new-tokens", "30", "--ckpt", str(folder / "w1"), "--out"]
-    results += [run("ppo.py", *flags, str(folder / f"p{n}"), processes=n) for n in (1, 2)]
-    for result in results:
-        assert result.returncode == 0, result.stderr[-3000:]
+    flags += ["--epochs", "1", "--max-new-tokens", "30", "--device", "cpu", "--ckpt", str(folder / "w1"), "--out"]
+    ppo.main([*flags, str(folder / "p1")])
+    run_two("ppo.py", *flags, str(folder / "p2"))
     return folder
 
 
@@ -59,7 +61,9 @@ def test_one_process_writes(two):
     assert torch.load(two / "w2" / "trainer_state.pt", weights_only=True)["step"] == 12
 
 
-def test_a_batch_that_cannot_be_divided(two):
-    result = run("warmup.py", "--estimate", str(two / "e"), "--batch-size", "7", "--out", str(two / "x"), processes=2)
-    assert result.returncode != 0 and "--batch-size 7 cannot be divided among 2 processes" in result.stderr
+def test_a_batch_that_cannot_be_divided(two, monkeypatch, capsys):
+    monkeypatch.setattr(c, "world_size", lambda: 2)
+    with pytest.raises(SystemExit) as error:
+        warmup.main(["--estimate", str(two / "e"), "--batch-size", "7", "--out", str(two / "x")])
+    assert error.value.code == 2 and "--batch-size 7 cannot be divided among 2 processes" in capsys.readouterr().err
     assert not (two / "x").exists()

@@ -1,5 +1,6 @@
 """The shipped scripts, each on a tiny setting, as a user runs them."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -227,11 +228,22 @@ def test_lora_adapter(runs, tmp_path):
         ("evaluate.py", "--ckpt tests", "tests holds neither a model nor a run"),
     ],
 )
-def test_usage_errors(script, flags, message):
+def test_usage_errors(script, flags, message, monkeypatch, capsys):
     """One line on stderr and exit code 2, before any weight is loaded."""
-    result = subprocess.run([sys.executable, script, *flags.split()], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and not result.stdout
-    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(c, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(script[:-3]).main(flags.split())
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and not out
+    assert err.startswith(f"{script}: error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_a_usage_error_from_the_shell():
+    result = subprocess.run([sys.executable, "warmup.py", "--estimate", "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "warmup.py: error: no such folder: nowhere/\n"
 
 
 def test_another_runs_folder_is_not_touched(runs, cache, capsys):
@@ -245,9 +257,12 @@ def test_another_runs_folder_is_not_touched(runs, cache, capsys):
 
 
 @pytest.mark.parametrize("script", ["estimate.py", "warmup.py", "ppo.py", "evaluate.py"])
-def test_help_teaches(script):
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and f"python {script}" in result.stdout and "Choices beyond the paper" in result.stdout
+def test_help_teaches(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(script[:-3]).main(["--help"])
+    shown = capsys.readouterr().out
+    assert error.value.code == 0 and f"python {script}" in shown and "Choices beyond the paper" in shown
 
 
 def test_no_script_imports_another():

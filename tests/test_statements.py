@@ -87,9 +87,19 @@ def test_fresh_paraphrases():
 
 
 def test_known_statements_need_no_encoder(monkeypatch):
-    monkeypatch.setattr(c, "default_encoder", None)
+    monkeypatch.setattr(c, "sentence_encoder", None)
     for level, texts in c.load_statements().items():
         assert c.statement_levels([text.upper().rstrip(".") for text in texts]) == [level] * 40
+
+
+def test_another_statement_encoder(monkeypatch):
+    names, original = [], c.sentence_encoder
+    monkeypatch.setattr(c, "sentence_encoder", lambda name=None: names.append(name) or original())
+    monkeypatch.setattr(c, "statement_encoder", "another/encoder")
+    c._statement_vote.cache_clear()
+    assert c.statement_levels(["and I would stake my house on it being so."]) == [5]
+    c._statement_vote.cache_clear()
+    assert set(names) == {"another/encoder"}
 
 
 def test_matching_and_answers():
