@@ -648,7 +648,8 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     processor = build_digits_processor()
     model = build_digits_model(processor)
     clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder.with_name('clip')}")
-    model.model.vision_tower.load_state_dict(to_llava_vision(clip.visual))
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)  # transformers 5.0 has a module more
+    tower.load_state_dict(to_llava_vision(clip.visual))
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng(seed)

@@ -99,8 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--prompt-tokens", type=int, default=2400, help="longest prompt, image tokens included (default: 2400)")
     args = parser.parse_args(argv)
     numbers = ("updates", "batch_size", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch", "lr", "temperature")
-    problems = c.positive(args, *numbers, "clip_range", "max_grad_norm", "save_every")
-    problems += c.positive(args, "generate_batch", "prompt_tokens")
+    problems = c.positive(args, *numbers, "clip_range", "max_grad_norm", "save_every", "generate_batch", "prompt_tokens")
     problems += ["--dry-run needs --model"] * (args.dry_run and not args.model)
     problems += [f"--{n} must lie between 0 and 1" for n in ("discount", "lam") if not 0 <= getattr(args, n) <= 1]
     c.usage_error(*problems)
