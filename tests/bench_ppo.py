@@ -1,6 +1,7 @@
 """How fast is a PPO update on digits, against the bare passes it needs? Run by hand: python tests/bench_ppo.py [--help]
 
 It needs a folder that warmup.py wrote: python estimate.py && python warmup.py && python tests/bench_ppo.py --ckpt warmup/
+With --tokensar N: TokenSAR over N updates, each pair of texts scored once against one call a sentence and nothing kept.
 With --memory it needs nothing: the memory plan of ppo.py against the peak of a real update, for models of two sizes.
 """
 
@@ -55,10 +56,37 @@ def memory(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, tok
     print(f"| {name} | {planned:.3f} | {measured:.3f} | {planned / measured:.2f} |", flush=True)
 
 
+def tokensar(updates: int, update, runs: int) -> None:
+    """Run `updates` updates, note what TokenSAR is asked in each, and answer that again in both ways."""
+    asked, original = [], c.token_relevance
+    c.token_relevance = lambda groups, similarity: asked.append(groups) or original(groups, similarity)
+    for step in range(updates):
+        update(step)
+    c.token_relevance = original
+
+    def ours():
+        similarity = c.Similarity()
+        for groups in asked:
+            original(groups, similarity)
+
+    def one_by_one():
+        for groups in asked:
+            for group in groups:
+                original([group], c.Similarity())
+
+    def bare():
+        c.sentence_encoder()(sorted({text for groups in asked for group in groups for text in group}, key=len))
+
+    n = sum(map(len, asked))
+    variants = {"bare encoder, distinct texts": bare, "ours": ours, "one call a sentence": one_by_one}
+    report(f"TokenSAR over {updates} updates, {n:,} sentences", variants, "ours", runs, memory=False, per=n, unit="sentences")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="warmup", help="folder of warmup.py")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tokensar", type=int, metavar="N", help="TokenSAR over N updates instead")
     parser.add_argument("--memory", action="store_true", help="the memory plan instead")
     bench, rest = parser.parse_known_args()
     if bench.memory:
@@ -76,6 +104,11 @@ def main() -> None:
     judge = ppo.load_judge(c.read_json(ckpt / "confidence.json"), config["setup"], args)
     optimizers = ppo.make_optimizers(models, args)
     questions = c.read_jsonl(ckpt / "sft.jsonl")[: args.batch_size]
+    if bench.tokensar:
+        parts = list(c.chunks(c.read_jsonl(ckpt / "sft.jsonl"), args.batch_size))
+        print(machine())
+        update = lambda i: ppo.train_update(models, optimizers, parts[i], judge, args, i, i == 0)  # noqa: E731
+        return tokensar(bench.tokensar, update, bench.runs)
     records = [q for q in questions for _ in range(args.samples)]
     roll = ppo.rollout(models, questions, args, 0)
     ids = [g.ids for g in roll.generations]
