@@ -573,7 +573,7 @@ def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def digits_batches(seed: int, noise_scale: float, steps: int, batch: int, clear: int, desc: str) -> Iterator[tuple]:
-    """Fresh questions from the base pool: (images in [0, 1], records) a step, under a progress bar.
+    """Fresh questions from the base pool: (bar and step, images in [0, 1], records), under a progress bar.
 
     The first `clear` steps draw clear images only: learning under full noise hardly starts.
     """
@@ -582,11 +582,11 @@ def digits_batches(seed: int, noise_scale: float, steps: int, batch: int, clear:
     for step in bar:
         noise = 0.2 if step < clear else None
         pixels, records = zip(*(draw_digits(rng, "base", noise, noise_scale) for _ in range(batch)), strict=True)
-        yield bar, pixels, records
+        yield (bar, step), pixels, records
 
 
-def optimizer_step(bar: tqdm, optimizer, loss: Tensor, lr: float) -> None:
-    warmup_then_linear(optimizer, bar.n, bar.total, [lr] * len(optimizer.param_groups), 0.1)
+def optimizer_step(bar: tqdm, step: int, optimizer, loss: Tensor, lr: float) -> None:  # bar.n lags behind: no step count
+    warmup_then_linear(optimizer, step, bar.total, [lr] * len(optimizer.param_groups), 0.1)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -605,22 +605,22 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     head = torch.nn.Linear(64, 20)
     optimizer = torch.optim.AdamW([*model.visual.parameters(), *head.parameters()], betas=(0.9, 0.98), weight_decay=0.01)
     to_pixels = lambda images: torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1  # noqa: E731
-    for bar, images, records in digits_batches(seed, noise_scale, steps[0], 256, steps[0] * 2 // 3, "digits vision"):
+    for (bar, step), images, records in digits_batches(seed, noise_scale, steps[0], 256, steps[0] * 2 // 3, "digits vision"):
         labels = torch.tensor([[int(s[-2]) for s in r["reference"]["image"]] for r in records])
         logits = head(model.encode_image(to_pixels(images))).view(-1, 10)
-        optimizer_step(bar, optimizer, F.cross_entropy(logits, labels.view(-1)), lr=2e-3)
+        optimizer_step(bar, step, optimizer, F.cross_entropy(logits, labels.view(-1)), lr=2e-3)
     scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
     trained = [scale, bias, *(p for p in model.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
     tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
-    for bar, images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
+    for (bar, step), images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
         truths = [r["reference"]["image"] for r in records]
         sentences = list(dict.fromkeys(s for truth in truths for s in truth))
         target = torch.tensor([[float(s in truth) for s in sentences] for truth in truths])  # (images, sentences)
         v = F.normalize(model.encode_image(to_pixels(images)), dim=-1)
         s = F.normalize(model.encode_text(torch.stack([tokens(x) for x in sentences])), dim=-1)
         loss = F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
-        optimizer_step(bar, optimizer, loss, lr=3e-3)
+        optimizer_step(bar, step, optimizer, loss, lr=3e-3)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
@@ -653,12 +653,12 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng(seed)
-    for bar, images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
+    for (bar, step), images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
         ids, wrong = zip(*(misread(record, processor.tokenizer, rng) for record in records), strict=True)
         batch = collate(processor, [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)], ids)
         for row, positions in enumerate(wrong):
             batch.mask[row, positions] = False
-        optimizer_step(bar, optimizer, sft_loss(model, batch), lr=3e-3)
+        optimizer_step(bar, step, optimizer, sft_loss(model, batch), lr=3e-3)
     save_model(model, processor, folder)
 
 
