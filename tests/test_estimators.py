@@ -1,6 +1,7 @@
 """Equations 3 to 7 and the token statistics, against plain loops in double precision."""
 
 import copy
+import functools
 import importlib.util
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import common as c
 
@@ -317,6 +319,16 @@ def test_image_placeholder_is_never_sampled(base, records):
     model, processor = base
     generations = c.generate(model, processor, records, 50.0, 60, seed=0)  # nearly uniform sampling
     assert all(processor.image_token_id not in g.ids for g in generations)
+
+
+def test_a_seed_makes_one_world(tmp_path, monkeypatch):
+    """The same weights whatever the progress bar shows, and when."""
+    for name, seconds in (("often", 0.0), ("never", 1e9)):
+        monkeypatch.setattr(c, "tqdm", functools.partial(tqdm, mininterval=seconds, miniters=1))
+        c.train_digits_clip(tmp_path / name / "clip", 0, 1.0, steps=(3, 3))
+        c.train_digits_model(tmp_path / name / "model", 0, 1.0, steps=4)
+    for file in ("clip/open_clip_model.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "often" / file).read_bytes() == (tmp_path / "never" / file).read_bytes()
 
 
 def test_digits_world(cache):
