@@ -704,6 +704,7 @@ def enable_train_mode(model, checkpointing: bool = True, lora_dropout: bool = Fa
         model.enable_input_require_grads()
     model.has_train_mode = bool(checkpointing or lora_dropout)
     for name, module in model.named_modules():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes packs weights in passes without gradient, and then has none
         if isinstance(module, torch.nn.Dropout) and not (lora_dropout and "lora_dropout" in name):
             module.p = 0.0
 
@@ -718,9 +719,7 @@ def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = Fal
     adapter = Path(path) / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
     dtype = getattr(torch, args.dtype)
-    options = {"dtype": dtype, "device_map": {"": args.device}}
-    if args.attn:
-        options["attn_implementation"] = args.attn
+    options = {"dtype": dtype, "device_map": {"": args.device}} | ({"attn_implementation": args.attn} if args.attn else {})
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -90,7 +90,14 @@ def test_lora_and_4bit_train(model, data, tmp_path):
     assert len(trained) == 2 * 2 * 7  # A and B, two layers, seven linear layers each
     records = make_records(data)[:4]
     texts = ["So, the answer is cat."] * 4
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    batch = c.collate(processor, records, c.response_ids(processor, texts))
+    plain = policy(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(plain, batch.responses[batch.mask]), weights)
+    c.generate(policy, processor, records, 1.0, 2, seed=0)  # a pass without gradient must not end all gradients
+    for got, wanted in zip(torch.autograd.grad(c.sft_loss(policy, batch), weights), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-4 * float(wanted.abs().max() + 1e-2))
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
     losses = [warmup.train_step(policy, processor, records, texts, optimizer, 2) for _ in range(5)]
     assert losses[-1] < losses[0] - 0.1
     c.save_model(policy, processor, tmp_path)
@@ -99,7 +106,6 @@ def test_lora_and_4bit_train(model, data, tmp_path):
     full, _ = load(model[1])
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model[1]), tmp_path).eval()
     ours, _ = load(str(tmp_path))
-    batch = c.collate(processor, records, c.response_ids(processor, texts))
     with torch.no_grad():
         logits = [m(**batch.inputs).logits for m in (plain, ours, full)]
     assert torch.allclose(logits[0], logits[1], atol=1e-5) and not torch.allclose(logits[0], logits[2], atol=1e-2)
