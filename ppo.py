@@ -426,7 +426,9 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     activations are what autograd saves there for one micro-batch. Exits with code 2 where no LoRA target is found."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    dtype, config = getattr(torch, args.dtype), AutoConfig.from_pretrained(args.model)
+    dtype = getattr(torch, args.dtype)
+    with c.loading("model", args.model):
+        config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     head = model.get_output_embeddings()
@@ -503,14 +505,12 @@ def main(argv: list[str] | None = None) -> None:
     c.join_processes(args)
     if c.start_run("ppo", args, "done", setup):
         return
-    out = Path(args.out)
-    questions = c.read_jsonl(ckpt / "sft.jsonl")
+    out, questions = Path(args.out), c.read_jsonl(ckpt / "sft.jsonl")
     confidence = c.read_json(ckpt / "confidence.json")
     c.write_json(out / "confidence.json", confidence)
     shutil.copy(ckpt / "sft.jsonl", out)
-    models = load_models(ckpt, args)
-    judge, optimizers = load_judge(confidence, setup, args), make_optimizers(models, args)
-    modules = {"policy": models.policy, "value_head": models.value_head}
+    judge, models = load_judge(confidence, setup, args), load_models(ckpt, args)
+    optimizers, modules = make_optimizers(models, args), {"policy": models.policy, "value_head": models.value_head}
     start = c.load_checkpoint(out / "trainer_state.pt", modules, optimizers)
     log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
     c.write_jsonl(out / "log.jsonl", log)
@@ -523,7 +523,8 @@ def main(argv: list[str] | None = None) -> None:
         stats = train_update(models, optimizers, picked, judge, args, args.seed * 1_000_000 + step, step < args.value_updates)
         log.append({"update": step} | stats)
         c.append_jsonl(out / "log.jsonl", log[-1:])
-        bar.set_postfix({k: f"{stats[k] or 0:.2f}" for k in ("reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")})
+        shown = {k: np.nan if stats[k] is None else stats[k] for k in ("reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")}
+        bar.set_postfix({k: f"{value:.2f}" for k, value in shown.items()})
         if (step + 1) % args.save_every == 0 or step + 1 == args.updates:
             c.save_checkpoint(out / "trainer_state.pt", modules, optimizers, step + 1)
             plot(log, out / "training.png")

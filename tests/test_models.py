@@ -147,3 +147,29 @@ def test_all_stages(model, data, cache, tmp_path):
     evaluate.main(["--ckpt", out["p"], "--max-new-tokens", "20", "--out", out["r"], "--device", "cpu"])
     metrics = c.read_json(Path(out["r"]) / "metrics.json")
     assert metrics["n_questions"] == len(SIZES) and 0 <= metrics["direct_answer"] <= 1
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "half"])
+def test_half_a_model(missing, tmp_path, capsys):
+    """A model folder that was not downloaded to its end is named in one line, and so is one that is not there."""
+    folder = Path(BUILDERS["llava-next-vicuna"](tmp_path / "model"))
+    if missing == "half":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    else:
+        (folder / missing).unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        load(str(folder))
+    err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert exit.value.code == 2 and len(err) == 1 and f"model {folder} cannot be loaded" in err[0]
+
+
+def test_no_such_encoder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    none, cross = str(tmp_path / "none"), str(tmp_path / "cross-encoder" / "none")
+    cases = [(c.ClipScorer, "CLIP model", none), (c.Matcher, "cross-encoder", cross), (c.Similarity, "sentence encoder", none)]
+    for make, what, name in cases:
+        with pytest.raises(SystemExit):
+            make(name)
+        assert f"{what} {name} cannot be loaded" in capsys.readouterr().err
