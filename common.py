@@ -720,24 +720,26 @@ def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = Fal
     args.lora_rank > 0 puts a new adapter on a model that is to be trained and has none; then only the adapter is trained."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-    adapter = Path(path) / "adapter_config.json"
-    base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
-    if adapter.exists() and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
-        usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     dtype = getattr(torch, args.dtype)
-    options = {"dtype": dtype, "device_map": {"": args.device}} | ({"attn_implementation": args.attn} if args.attn else {})
+    options = {"dtype": dtype, "device_map": {"": args.device}}
+    if args.attn:
+        options["attn_implementation"] = args.attn
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    adapted = (Path(path) / "adapter_config.json").exists()
+    if adapted and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
+        usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     with loading("model", path):
+        base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else str(path)
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
-        if adapter.exists():
+        if adapted:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-    if trainable and args.lora_rank and not adapter.exists():
+    if trainable and args.lora_rank and not adapted:
         from peft import prepare_model_for_kbit_training
 
         if args.load_in_4bit:
@@ -746,7 +748,7 @@ def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = Fal
     if trainable:
         if not hasattr(model, "peft_config"):
             freeze_vision(model)
-        enable_train_mode(model, args.gradient_checkpointing, not adapter.exists() and args.lora_rank and args.lora_dropout > 0)
+        enable_train_mode(model, args.gradient_checkpointing, not adapted and args.lora_rank and args.lora_dropout > 0)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
     return model.eval(), processor  # eval: no dropout anywhere, so that every forward pass computes the same policy
@@ -1402,7 +1404,7 @@ _OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so
 
 def _statement_vectors(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
-    words, middle, sentence = sentence_encoder(statement_encoder).layers(texts, (0, 4, -1))
+    words, middle, sentence = sentence_encoder(statement_encoder, "cpu").layers(texts, (0, 4, -1))
     return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
 
 

@@ -151,7 +151,7 @@ def test_all_stages(model, data, cache, tmp_path):
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "half"])
 def test_half_a_model(missing, tmp_path, capsys):
-    """A model folder that was not downloaded to its end is named in one line, and so is one that is not there."""
+    """A model folder that was not downloaded to its end is named in one line."""
     folder = Path(BUILDERS["llava-next-vicuna"](tmp_path / "model"))
     if missing == "half":
         weights = folder / "model.safetensors"

@@ -190,9 +190,9 @@ def test_a_planted_reward_is_learned(models, records, args):
     """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.minibatches, args.kl_coef = 12, 36, 6e-4, 2, 2, 0.01
     optimizers = ppo.make_optimizers(models, args)
-    history = [ppo.train_update(models, optimizers, records, judge_all_right, args, step, step == 0) for step in range(20)]
+    history = [ppo.train_update(models, optimizers, records, judge_all_right, args, step, step == 0) for step in range(24)]
     shares = [h["levels"]["5"] / max(1, sum(h["levels"].values())) for h in history]
-    assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.15, shares
+    assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
     assert np.mean([h["r_ec"] for h in history[-3:]]) > np.mean([h["r_ec"] for h in history[:3]]) + 0.2
     assert history[-1]["kl"] > history[0]["kl"] >= 0
 

@@ -94,7 +94,7 @@ def test_known_statements_need_no_encoder(monkeypatch):
 
 def test_another_statement_encoder(monkeypatch):
     names, original = [], c.sentence_encoder
-    monkeypatch.setattr(c, "sentence_encoder", lambda name=None: names.append(name) or original())
+    monkeypatch.setattr(c, "sentence_encoder", lambda name=None, device="cpu": names.append(name) or original())
     monkeypatch.setattr(c, "statement_encoder", "another/encoder")
     c._statement_vote.cache_clear()
     assert c.statement_levels(["and I would stake my house on it being so."]) == [5]
