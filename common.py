@@ -1,4 +1,14 @@
-"""What two or more stages share: run folders, data, models, generation, token statistics, estimators, statements, matching.
+"""What two or more stages share, in the order of the method.
+
+    flags           one table a script, from which parser, help and defaults are made
+    run folders     reading, writing, resuming; several processes
+    data            the digits world's questions; published annotations
+    model           loading, adapters, checkpoints
+    batches         prompts and responses side by side; sampling
+    statistics      log-probability and entropy of every response token, in one pass
+    estimators      LNLP, MTE, TokenSAR, CLIPScore, their fusion and the levels      eq. 3-7
+    statements      from text to sentences and confidence statements                eq. 2
+    matching        which sentences are right; the answer of a chain
 
 Read it next to the paper (MMBoundary, ACL 2025); `# eq. n` marks the line that is equation n.
 
@@ -7,12 +17,12 @@ Choices beyond the paper
     against the other three terms of eq. 7.
  2. A sentence's tokens are those of its words, without the closing full stop: with a statement attached the stop becomes a
     comma or stays, which would leak the choice of statement into the statistics of the sentence.
- 3. Log-probabilities and entropies are those of the model at temperature 1 over the whole vocabulary, whatever it sampled with.
+ 3. Log-probabilities and entropies are those of the model at temperature 1 over the whole vocabulary, whatever it sampled with:
+    sampling yields token ids and nothing else, and one pass over them measures. Of a model's own sampler settings
+    (repetition penalty, ...) only the end tokens are kept.
  4. TokenSAR's relevance is clamped at 0 and normalised over the sentence; all-zero relevance means uniform weights.
  5. The minima, maxima, mean and deviation are those of the estimate run; later stages reuse them, clipped to [0, 1].
- 6. conf(level) = (level - 1) / 4.
- 7. Matcher `exact`: a sentence is correct when its normalised text equals that of some sentence of the reference chain.
- 8. One layout everywhere: prompts are padded on the left and responses on the right, so that the responses of a batch start
+ 6. One layout everywhere: prompts are padded on the left and responses on the right, so that the responses of a batch start
     in the same column. Sampling never produces the image placeholder.
 """
 
@@ -21,43 +31,84 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+import huggingface_hub
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from scipy.ndimage import uniform_filter
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
-MATCHER = ("exact", "cross-encoder/stsb-roberta-large")  # for digits, for other data (App. D.3)
+PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
+CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What a model is asked (the digits model knows its questions bare); edit it here, every stage uses it.
-PROMPT = (
+QUESTION_PROMPT = (
     "{question}\nFirst say what the image shows that matters, then reason from it to the answer, in short sentences that each "
     'state one fact. End with "So, the answer is ...".'
 )
 
-# ------------------------------------------------------------------------------------------------------------- run folders
+
+# ------------------------------------------------------------------------------------------------------------------- flags
+@dataclass(frozen=True)
+class Kind:
+    """What a flag takes: the type of a value, which values are allowed, and how to say so."""
+
+    type: Callable
+    allowed: Callable = lambda value: True
+    rule: str = ""
+    nargs: int | str | None = None
+
+
+COUNT = Kind(int, lambda n: n > 0, "must be positive")
+NATURAL = Kind(int, lambda n: n >= 0, "must not be negative")
+POSITIVE = Kind(float, lambda x: 0 < x < math.inf, "must be positive")
+NOT_NEGATIVE = Kind(float, lambda x: 0 <= x < math.inf, "must not be negative")
+SHARE = Kind(float, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+TEXT = Kind(str)
+SWITCH = Kind(bool)
+
+# name: kind (or the choices), default (or one for digits and one for other data), help
+RUN_FLAGS = {
+    "seed": (NATURAL, 0, "of everything that is drawn at random"),
+    "device": (TEXT, "cuda" if torch.cuda.is_available() else "cpu", "where the model runs"),
+    "dtype": (("float32", "bfloat16", "float16"), "float32", "of the weights"),
+    "attn": (TEXT, None, "transformers' attention: sdpa, eager, flash_attention_2 (default: its choice)"),
+    "load_in_4bit": (SWITCH, False, "NF4 base weights (bitsandbytes)"),
+    "overwrite": (SWITCH, False, "start over in a folder that holds another run"),
+}
+TRAINING_FLAGS = {
+    "gradient_checkpointing": (SWITCH, False, "less memory for a second forward pass"),
+    "tracker": (("tensorboard", "wandb"), None, "send the log there too"),
+}
 
 
 def usage_error(*problems: str) -> None:
@@ -67,14 +118,43 @@ def usage_error(*problems: str) -> None:
         raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring as it stands, and says what is wrong in one line."""
+def parse_flags(
+    doc: str, groups: dict[str, dict], argv: list[str] | None = None, check: Callable = lambda args: []
+) -> argparse.Namespace:
+    """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}; --help shows the script's docstring.
 
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    A flag with two defaults that was left out stays None until `fill_defaults` knows the data. All problems, those that
+    `check(args)` returns included, end the run in one line (exit code 2)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = usage_error
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, *defaults, text) in flags.items():
+            shown = [str(value) for value in defaults if value is not None and kind is not SWITCH]
+            text += f" (default: {' on digits, '.join(shown)}{' otherwise' * (len(shown) > 1)})" if shown else ""
+            options = {"default": defaults[0] if len(defaults) == 1 else None, "help": text}
+            if kind is SWITCH:
+                options["action"] = "store_true"
+            elif isinstance(kind, tuple):
+                options["choices"] = kind
+            else:
+                options |= {"type": kind.type, "nargs": kind.nargs}
+            group.add_argument(f"--{name.replace('_', '-')}", **options)
+    args, problems = parser.parse_args(argv), []
+    for name, (kind, *_) in (item for flags in groups.values() for item in flags.items()):
+        values = np.atleast_1d(getattr(args, name))
+        if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
+            problems.append(f"--{name.replace('_', '-')} {kind.rule}")
+    usage_error(*problems, *check(args))
+    return args
 
-    def error(self, message: str) -> None:
-        usage_error(message)
+
+def fill_defaults(args: argparse.Namespace, groups: dict[str, dict], data: str) -> None:
+    """Give every flag with two defaults that was left out the one that goes with the data."""
+    for flags in groups.values():
+        for name, (_, *defaults, _) in flags.items():
+            if len(defaults) == 2 and getattr(args, name) is None:
+                setattr(args, name, defaults[0 if data.startswith("digits") else 1])
 
 
 @contextlib.contextmanager
@@ -86,56 +166,33 @@ def loading(what: str, name) -> Iterator[None]:
         usage_error(f"{what} {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:240]})")
 
 
-def positive(args: argparse.Namespace, *names: str) -> list[str]:
-    return [f"--{n.replace('_', '-')} must be positive" for n in names if getattr(args, n) is not None and getattr(args, n) <= 0]
-
-
-def add_run_arguments(group, out: str) -> None:
-    group.add_argument("--out", default=out, help="folder to write (default: %(default)s/)")
-    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random (default: 0)")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    group.add_argument("--attn", help="transformers' attention: sdpa, eager, flash_attention_2 (default: its choice)")
-    group.add_argument("--load-in-4bit", action="store_true", help="NF4 base weights (bitsandbytes)")
-    group.add_argument("--overwrite", action="store_true", help="start over in a folder that holds another run")
-
-
-def add_training_arguments(group) -> None:
-    group.add_argument("--lora-rank", type=int, help="rank of a new LoRA adapter; 0 trains all weights (0 / 16)")
-    group.add_argument("--lora-alpha", type=float, help="scale of the adapter (default: twice the rank)")
-    group.add_argument("--lora-dropout", type=float, default=0.0, help="of a new adapter, in warm-up only (default: 0)")
-    group.add_argument("--lora-targets", metavar="REGEX", default=LORA_TARGETS, help="layers that get it (default: every linear "
-                       "layer of the language model)")  # fmt: skip
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a second forward pass")
-
-
-def default_of(pair: tuple, setup: dict):
-    return pair[0 if setup["data"].startswith("digits") else 1]
-
-
-def fill_defaults(args: argparse.Namespace, defaults: dict[str, tuple], setup: dict) -> None:
-    """Give every flag that was left out its default: the first of the pair for digits, the second for other data."""
-    for name, pair in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default_of(pair, setup))
-
-
+# ------------------------------------------------------------------------------------------------------------- run folders
 def read_json(path: str | Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write through a temporary file, so that an interrupted run never leaves half a file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """The one way to write a file: under another name, then renamed, so that an interruption never leaves half of it."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    yield temporary
     temporary.replace(path)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """All records of a JSON-lines file; a last line cut short by an interruption is dropped."""
+    """All records of a JSON-lines file (none where there is no file); a last line cut short by an interruption is dropped."""
     records = []
-    for line in filter(None, Path(path).read_bytes().split(b"\n")):
+    for line in filter(None, Path(path).read_bytes().split(b"\n") if Path(path).exists() else []):
         try:
             records.append(json.loads(line))
         except ValueError:  # cut in the middle of JSON, or of a character
@@ -143,109 +200,160 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return records
 
 
-def write_jsonl(path: str | Path, records: Sequence[dict], mode: str = "w") -> None:
-    with open(path, mode, encoding="utf-8") as file:
+def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-append_jsonl = functools.partial(write_jsonl, mode="a")
-
-
-def chain(record: dict) -> list[str]:
-    """All sentences of a record's reference chain, image level first."""
-    return record["reference"]["image"] + record["reference"]["reasoning"]
-
-
 def read_run(folder: str | Path, *needed: str) -> dict:
-    """config.json of a run folder that an earlier stage wrote.
-
-    Exits with code 2 where the folder is missing or lacks one of the `needed` files."""
+    """The record run.json of a finished run; exits with code 2 where there is none or one of the `needed` files is missing."""
     folder = Path(folder)
     if not folder.is_dir():
         usage_error(f"no such folder: {folder}/")
-    missing = [name for name in ("config.json", *needed) if not (folder / name).exists()]
+    missing = [name for name in ("run.json", *needed, "done") if not (folder / name).exists()]
     if missing:
         usage_error(f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
-    return read_json(folder / "config.json")
+    return read_json(folder / "run.json")
 
 
-def start_run(stage: str, args: argparse.Namespace, done: str, setup: dict) -> bool:
-    """Open the folder args.out and write its config.json; -> True where the same run already ended (file `done` exists).
+class Run:
+    """An open run folder and the processes that work on it (`torchrun`, `accelerate launch`); only the main one writes.
 
-    `setup` (data, models, matcher, world) is handed from stage to stage. A folder that holds anything else than the same run is
-    never touched without --overwrite (exit code 2)."""
-    out, resolved = Path(args.out), {k: v for k, v in vars(args).items() if k != "overwrite"}
-    path, finished = out / "config.json", [False]
-    if rank() == 0 and out.is_dir() and any(out.iterdir()):
-        if not path.exists() or "args" not in read_json(path):
-            usage_error(f"{out}/ is not empty and holds no run of this project; choose another --out")
-        if args.overwrite:
-            for old in out.iterdir():
-                old.unlink() if old.is_file() else shutil.rmtree(old)
-        elif read_json(path)["args"] != resolved:
-            usage_error(f"{out}/ holds a run with other settings; choose another --out or add --overwrite")
-        elif (out / done).exists():
-            print(f"{out}/ already holds this run; --overwrite repeats it")
-            finished = [True]
-    if dist.is_initialized():
-        dist.broadcast_object_list(finished)
-    if finished[0]:
-        return True
-    if rank() > 0:
-        args.out = tempfile.mkdtemp()
-        for name in ("trainer_state.pt", "log.jsonl"):  # read by a run that continues
-            if (out / name).exists():
-                shutil.copy(out / name, args.out)
-        path = Path(args.out) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    config = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
-    write_json(path, config)
-    return False
+    setup: data, models and matcher, handed from stage to stage in the record run.json. A folder that holds anything else than
+    the same run is never touched without --overwrite (exit code 2). `finished`: the same run already ended here.
+    free: flags that may change from one call to the next."""
 
+    def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
+        self.stage, self.out, tracker = stage, Path(args.out), getattr(args, "tracker", None)
+        if tracker and not importlib.util.find_spec(tracker):
+            usage_error(f"--tracker {tracker} needs the package {tracker}")
+        self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=tracker, project_dir=args.out)
+        self.device = args.device if self.accelerator.num_processes == 1 else str(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            resolved = {name: value for name, value in vars(args).items() if name not in ("overwrite", "tracker", *free)}
+            self._take_folder(resolved, args.overwrite)
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            record = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
+            write_json(self.out / "run.json", record)
+        self.accelerator.wait_for_everyone()
+        self.finished = (self.out / "done").exists()
+        if self.finished and self.accelerator.is_main_process:
+            print(f"{self.out}/ already holds this run; --overwrite repeats it")
+        elif tracker:
+            self.accelerator.init_trackers(stage, {name: str(value) for name, value in vars(args).items()})
 
-# --------------------------------------------------------------------------------------------------- more than one process
+    def _take_folder(self, resolved: dict, overwrite: bool) -> None:
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if not (self.out / "run.json").exists():
+                usage_error(f"{self.out}/ is not empty and holds no run of this project; choose another --out")
+            if overwrite:
+                shutil.rmtree(self.out)
+            elif read_json(self.out / "run.json")["args"] != resolved:
+                usage_error(f"{self.out}/ holds a run with other settings; choose another --out or add --overwrite")
+        self.out.mkdir(parents=True, exist_ok=True)
 
+    def write(self, writer: Callable, name: str, *values) -> None:
+        """writer(path of `name` in the folder, *values), in the main process."""
+        if self.accelerator.is_main_process:
+            writer(self.out / name, *values)
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Under `torchrun` or `accelerate launch`: join the other processes, one device each. Each works on its share of every batch,
-    and gradients are summed; only the first writes to args.out, the others to a folder that is thrown away."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if args.batch_size % world_size():
-        usage_error(f"--batch-size {args.batch_size} cannot be divided among {world_size()} processes")
+    def finish(self) -> None:
+        """The finish mark, after everything else."""
+        self.write(write_text, "done", "")
+        self.accelerator.end_training()
 
 
-def share(items: Sequence) -> Sequence:
-    """This process's contiguous part of a batch."""
-    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
-
-
-def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def sum_gradients(module: torch.nn.Module) -> None:
+def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
     """Add up the gradients of all processes, whose losses are normalised by the whole batch."""
-    for parameter in module.parameters() if dist.is_initialized() else ():
+    for parameter in module.parameters() if accelerator.num_processes > 1 else ():
         if parameter.requires_grad:
-            parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, "sum")
+
+
+def indivisible(args: argparse.Namespace) -> list[str]:
+    """What keeps the processes from sharing a batch."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    return [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
+
+
+def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable, right: Callable) -> list[dict]:
+    """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name` batch by batch, so that the
+    same command goes on after the last whole batch. Processes take the batches in turn; what a batch gives depends on its start
+    alone. right(line) -> outcomes, True, False or None, of which the share of True is shown."""
+    lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
+    lines = lines[: len(lines) // batch_size * batch_size]
+    run.write(write_jsonl, name, lines)
+    with progress(run, len(lines), len(records)) as bar:
+        for starts in chunks(range(len(lines), len(records), batch_size), processes.num_processes):
+            mine = starts[processes.process_index :][:1]
+            new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
+            run.write(append_jsonl, name, new)
+            lines += new
+            tally.update(outcome for line in new for outcome in right(line))
+            bar.update(len(new))
+            bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
+    return lines
+
+
+def progress(run: Run, done: int, total: int) -> tqdm:
+    return tqdm(total=total, initial=done, desc=run.stage, disable=not run.accelerator.is_main_process)
+
+
+@dataclass
+class Training:
+    """What both training loops share: `for step in training: ...; training.record(row)`.
+
+    Goes on from the checkpoint where there is one. Everything random is seeded by the step, so no random state is kept."""
+
+    run: Run
+    modules: dict  # with trainable weights
+    optimizers: dict
+    steps: int
+    save_every: int
+
+    def __iter__(self) -> Iterator[int]:
+        state = self.run.out / "trainer_state.pt"
+        start = load_checkpoint(state, self.modules, self.optimizers) if state.exists() else 0
+        self.log = read_jsonl(self.run.out / "log.jsonl")[:start]
+        self.run.write(write_jsonl, "log.jsonl", self.log)
+        with progress(self.run, start, self.steps) as self.bar:
+            yield from range(start, self.steps)
+
+    def record(self, row: dict, *shown: str) -> None:
+        """Log a step's row, show some of its figures, save a checkpoint every now and then and at the end."""
+        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+        self.bar.update()
+        self.run.accelerator.log(row, step=len(self.log))
+        self.log.append({name: None if math.isnan(value) else value for name, value in row.items()})  # NaN is no JSON
+        self.run.write(append_jsonl, "log.jsonl", self.log[-1:])
+        if len(self.log) % self.save_every == 0 or len(self.log) == self.steps:
+            self.run.write(save_checkpoint, "trainer_state.pt", self.modules, self.optimizers, len(self.log))
+
+
+def plot_log(path: Path, log: list[dict], panels: dict[str, Sequence[str]]) -> None:
+    """A panel a title, with a line for each of some figures of the log."""
+    figure = Figure(figsize=(4.3 * len(panels), 3.6), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in names:
+            axis.plot(np.array([row[name] for row in log], dtype=float), label=name.replace("_", " "))
+        axis.set(xlabel="step", title=title)
+        axis.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure) -> None:
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})  # no version stamp: the same figures, the same bytes
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 # -------------------------------------------------------------------------------------------------------------------- data
@@ -258,20 +366,18 @@ FAMILIES = {
     "difference": "What is the difference between the two digits?",
     "larger": "Which of the two digits is larger?",
 }
-DATASETS = ("digits", "digits-ood")
-NOISE = {0.15: 0.72, 0.45: 0.08, 2.5: 0.20}  # standard deviation of a digit's noise: how often it is drawn
-MISREAD = 0.35  # share of misread sentences in the base model's training chains
+DIGITS = ("digits", "digits-ood")
+# Standard deviation of a digit's noise: how often it is drawn. At .15 nearly every digit is read, at 2.5 nearly none; with one
+# deviation for all, doubt would be the same everywhere and there would be nothing to tell apart.
+NOISE = {0.15: 0.72, 0.45: 0.08, 2.5: 0.20}
 
 
 @functools.cache
 def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
     """Scans (n, 8, 8) in [0, 1] and labels (n,) of one pool; the same for every seed."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    start = sum(size for name, size in POOLS.items() if list(POOLS).index(name) < list(POOLS).index(pool))
-    rows = order[start : start + POOLS[pool]]
+    digits, names = load_digits(), list(POOLS)
+    start = sum(POOLS[name] for name in names[: names.index(pool)])
+    rows = np.random.default_rng(0).permutation(len(digits.target))[start : start + POOLS[pool]]
     return digits.images[rows] / 16.0, digits.target[rows]
 
 
@@ -283,32 +389,27 @@ def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
         "difference": (f"{high} minus {low} is {high - low}.", high - low),
         "larger": (f"{high} is larger than {low}.", high),
     }[family]
-    return {
-        "image": [f"The left digit is {left}.", f"The right digit is {right}."],
-        "reasoning": [step, f"So, the answer is {answer}."],
-    }
+    image = [f"The left digit is {left}.", f"The right digit is {right}."]
+    return {"image": image, "reasoning": [step, f"So, the answer is {answer}."]}
 
 
-def draw_digits(rng: np.random.Generator, pool: str, noise: float | None = None, noise_scale: float = 1.0, damage: bool = False):
+def draw_digits(
+    rng: np.random.Generator, pool: str, noise: float | None = None, noise_scale: float = 1.0, damage: bool = False
+) -> tuple[np.ndarray, dict]:
     """One question -> (image (16, 16) in [0, 1], record without id). `noise` fixes the deviation, else each digit draws its own."""
     scans, labels = digit_scans(pool)
     family = list(FAMILIES)[rng.integers(len(FAMILIES))]
-    while True:
+    pair = rng.integers(len(labels), size=2)
+    while family == "larger" and labels[pair[0]] == labels[pair[1]]:
         pair = rng.integers(len(labels), size=2)
-        left, right = (int(d) for d in labels[pair])
-        if family != "larger" or left != right:
-            break
     canvas = np.zeros((16, 16))
     for side, row in enumerate(pair):
-        scan = scans[row]
-        if damage:
-            scan = damage_scan(scan, rng)
-        sigma = 0.15 if damage else noise if noise is not None else rng.choice(list(NOISE), p=list(NOISE.values()))
+        scan = damage_scan(scans[row], rng) if damage else scans[row]
+        sigma = 0.15 if damage else rng.choice(list(NOISE), p=list(NOISE.values())) if noise is None else noise
         canvas[4:12, 8 * side : 8 * side + 8] = scan + rng.normal(0, sigma * noise_scale, scan.shape)
-    chain = digit_chain(family, left, right)
+    chain = digit_chain(family, *(int(labels[row]) for row in pair))
     answer = chain["reasoning"][-1].removeprefix("So, the answer is ").rstrip(".")
-    record = {"question": FAMILIES[family], "answer": answer, "choices": None, "reference": chain}
-    return canvas.clip(0, 1), record
+    return canvas.clip(0, 1), {"question": FAMILIES[family], "answer": answer, "choices": None, "reference": chain}
 
 
 def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -320,9 +421,8 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         scan = scan.copy()
         scan[top : top + size, left : left + size] = 0.5
     elif kind == 3:
-        for _ in range(rng.integers(2, 5)):  # repeated 3 x 3 box blur
-            padded = np.pad(scan, 1)
-            scan = sum(padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)) / 9
+        for _ in range(rng.integers(2, 5)):
+            scan = uniform_filter(scan, 3, mode="constant")  # the mean of 3 x 3
     return scan
 
 
@@ -334,11 +434,12 @@ def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int 
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index in range(limit):
-        rng = np.random.default_rng([seed, list(POOLS).index(split), DATASETS.index(name), index])
+        rng = np.random.default_rng([seed, list(POOLS).index(split), DIGITS.index(name), index])
         pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")
         path = folder / f"{index:06d}.png"
         if not path.exists():
-            to_image(pixels).save(path)
+            with writing(path) as temporary:
+                to_image(pixels).save(temporary)
         records.append({"id": f"{name}-{split}-{index}", "image": str(path)} | record)
     return records
 
@@ -354,101 +455,124 @@ def load_image(path: str) -> Image.Image:
 
 
 HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
-PUBLISHED = {  # data set: its folder there; annotation files, those with published chains first; where images lie; what else
-    "aokvqa": ("aokvqa", ["{part}_mmb.json", "aokvqa_v1p0_{part}.json"], ["{part}2017/{image:0>12}.jpg"], "COCO 2017"),
-    "scienceqa": ("sciencevqa", ["{part}_mmb.json", "problems.json"], ["{part}/{image}/image.png"], "pid_splits.json, ScienceQA"),
-    "culturalvqa": ("culturalvqa", ["cvqa_mmb.json"], ["{image}" + e for e in (".jpg", ".png", ".jpeg", ".webp")], "CulturalVQA"),
+
+
+# data set: its folder there; annotation files, those with the published chains first; where images lie; whose they are
+PUBLISHED = {
+    "aokvqa": ("aokvqa", ("{part}_mmb.json", "aokvqa_v1p0_{part}.json"), ("{part}2017/{image:0>12}.jpg",), "COCO 2017"),
+    "scienceqa": ("sciencevqa", ("{part}_mmb.json", "problems.json"), ("{part}/{image}/image.png",), "pid_splits.json, ScienceQA"),
+    "culturalvqa": (
+        "culturalvqa",
+        ("cvqa_mmb.json",),
+        ("{image}.jpg", "{image}.png", "{image}.jpeg", "{image}.webp"),
+        "CulturalVQA",
+    ),
 }
 SPLITS = {"train": "train", "validation": "val", "test": "val"}  # our names -> those of the files
+# What reading a row that is not as it should be can raise.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
 
-def load_data(name: str, data_dir: str | Path | None = None, split: str = "train", limit: int | None = None,
-              require_images: bool = True, allow_bad_records: bool = False, world: dict | None = None) -> list[dict]:  # fmt: skip
+def load_data(
+    name: str, data_dir=None, split="train", limit=None, require_images=True, allow_bad_records=False, world=None
+) -> list[dict]:
     """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference"}].
 
     Validation and test both read the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Only the
     original ScienceQA has its own test split; CulturalVQA is one file. Without data_dir the Hugging Face hub is asked. Missing or
     unreadable files, and too many bad records (see `usable`), exit with code 2. digits are drawn as `world` says (its cache,
     world_seed and noise_scale)."""
-    if name in DATASETS:
+    if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
     if name not in PUBLISHED or split not in SPLITS:
         usage_error(f"no {split} split of {name!r}: known are {', '.join(PUBLISHED)} with {', '.join(SPLITS)}")
     (folder, files, images, owner), part = PUBLISHED[name], SPLITS[split]
     files = [file.format(part=part) for file in files]
-    layout = f"{' or '.join(files)}, with {owner} images as {' or '.join(p.format(part=part, image='ID') for p in images)}"
+    places = " or ".join(image.format(part=part, image="ID") for image in images)
+    layout = f"{' or '.join(files)}, with {owner} images as {places}"
     if data_dir is None:
         try:
-            from huggingface_hub import snapshot_download
-
-            data_dir = snapshot_download(HUB, repo_type="dataset", allow_patterns=[f"*{folder}/*", *files])
-        except (ImportError, OSError, ValueError) as error:
+            data_dir = huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns=[f"*{folder}/*", *files])
+        except (OSError, ValueError) as error:
             usage_error(f"{HUB} not fetched from the hub ({type(error).__name__}): download {layout}, into a folder for data_dir")
     root = Path(data_dir)
-    paths = [place / file for file in files for place in (root, root / folder, root / "annotated_data" / folder)]
-    path = next((p for p in paths if p.is_file()), None)
-    if path is None:
-        usage_error(f"{root}/ {'holds no annotation file' if root.is_dir() else 'is no folder'}: expected {layout}")
-    try:
-        rows = read_json(path)
-        if path.name == "problems.json":
-            part = "test" if split == "test" else part
-            rows = [{"pid": pid, **rows.get(pid, {})} for pid in read_json(path.with_name("pid_splits.json"))[part]]
-        rows = list(rows.values()) if isinstance(rows, dict) else unpack(rows, list)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
-        usage_error(f"{path} cannot be read ({error}): expected {layout}")
-    if not (published := path.name.endswith("_mmb.json")):
-        print(f"{path.name} holds no chains: the reference is its rationales, or lecture and solution, without an image level")
-    if name == "scienceqa":
-        rows, n_all = [r for r in rows if not isinstance(r, dict) or r.get("image", True)], len(rows)
-        print(f"{n_all - len(rows)} of {n_all} questions have no image and are not used")
+    path, rows = read_annotations(root, folder, files, split, layout)
+    part = "test" if split == "test" and path.name == "problems.json" else part
     records, seen = [], Counter()
-    places = [place / inside for place in (path.parent, root) for inside in ("", "images")]
     for number, row in enumerate(rows, 1):
-        found = [row[k] for k in ("question_id", "id", "pid") if row.get(k) is not None] if isinstance(row, dict) else []
-        key = str(found[0]) if found else f"row {number}"
+        keys = [row.get(key) for key in ("question_id", "id", "pid")] if isinstance(row, dict) else []
+        key = next((str(key) for key in keys if key is not None), f"row {number}")
         seen[key] += 1  # a question annotated twice counts as two
         record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}"}
         try:
             image = int(row["image_id"]) if name == "aokvqa" else key
+            places = [place / inside for place in (path.parent, root) for inside in ("", "images")]
             candidates = [place / pattern.format(part=part, image=image) for place in places for pattern in images]
-            record["image"] = str(next((p for p in candidates if p.is_file()), candidates[0]))
-            records.append(record | read_row(row, published))
-        except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError):
-            records.append(record | {"flaw": "malformed"})
-    sound = [r["image"] for r in records if not r["flaw"]]
+            record["image"] = str(next(filter(Path.is_file, candidates), candidates[0]))
+            record |= read_row(row, published=path.name.endswith("_mmb.json"))
+        except MALFORMED:
+            record["flaw"] = "malformed"
+        records.append(record)
+    sound = [record["image"] for record in records if not record["flaw"]]
     if require_images and sound and not any(Path(image).is_file() for image in sound):
         usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
     return usable(records, (), allow_bad_records, limit, require_images)
 
 
+def read_annotations(root: Path, folder: str, files: list[str], split: str, layout: str) -> tuple[Path, list]:
+    """The annotation file under `root` and its rows; exits with code 2 where there is none or it cannot be read."""
+    places = (root, root / folder, root / "annotated_data" / folder)
+    path = next((place / file for file in files for place in places if (place / file).is_file()), None)
+    if path is None:
+        usage_error(f"{root}/ {'holds no annotation file' if root.is_dir() else 'is no folder'}: expected {layout}")
+    if not path.name.endswith("_mmb.json"):
+        print(f"{path.name} holds no chains: the reference is its rationales, or lecture and solution, without an image level")
+    try:
+        rows = read_json(path)
+        if path.name == "problems.json":
+            ids = read_json(path.with_name("pid_splits.json"))["test" if split == "test" else SPLITS[split]]
+            rows = [{"pid": pid, **rows.get(pid, {})} for pid in ids]
+        rows = list(rows.values()) if isinstance(rows, dict) else unpack(rows, list)
+    except (*MALFORMED, OSError) as error:
+        usage_error(f"{path} cannot be read ({error}): expected {layout}")
+    if folder == PUBLISHED["scienceqa"][0]:
+        pictured = [row for row in rows if not isinstance(row, dict) or row.get("image", True)]
+        print(f"{len(rows) - len(pictured)} of {len(rows)} questions have no image and are not used")
+        rows = pictured
+    return path, rows
+
+
 def read_row(row: dict, published: bool) -> dict:
     """A row of an annotation file -> its record without id and image; "flaw" is None or why to skip it. Malformed fields raise."""
-    question = (row.get("question") or "").strip()
+    question, hint = ((row.get(name) or "").strip() for name in ("question", "hint"))  # a ScienceQA question refers to its hint
     choices = [str(choice).strip() for choice in unpack(row.get("choices") or [], list)] or None
-    chain = row.get("keys") if row.get("keys_filtered") is None else row["keys_filtered"]
+    annotated = row.get("keys") if row.get("keys_filtered") is None else row["keys_filtered"]
     if published:
-        levels = unpack(chain or {}, dict)
-        texts = {k: unpack(levels.get(f"{k.title()}_level") or [], list) for k in ("image", "reasoning")}
+        levels = unpack(annotated or {}, dict)
+        image, reasoning = (unpack(levels.get(name) or [], list) for name in ("Image_level", "Reasoning_level"))
     else:
-        given = unpack(row["rationales"], list) if row.get("rationales") else [row.get("lecture") or "", row.get("solution") or ""]
-        texts = {"image": [], "reasoning": [text[a:b] for text in given for a, b in split_sentences(text)]}
-    reference = {k: tidy(v) for k, v in texts.items()}
-    index, said = row.get("correct_choice_idx", row.get("answer")), extract_answer(reference["reasoning"], choices)
-    answer = dict(enumerate(choices))[int(index)] if choices and index is not None else said
-    ways = [answer or "", *([] if choices else re.split(r"\s+or\s+", answer or ""))]  # "a sponge cake or pound cake"
-    answers = [str(a).strip() for a in unpack(row.get("direct_answers") or list(dict.fromkeys(ways)), list)]
-    flaws = {"no question": not question, "no chain": published and chain is None, "empty chain": not any(reference.values()),
-             "missing level": published and not all(reference.values()), "no answer": not answer}  # fmt: skip
-    question = " ".join(filter(None, [(row.get("hint") or "").strip(), question]))  # what a ScienceQA question refers to
-    record = {"question": question, "choices": choices, "answer": answer, "answers": answers, "reference": reference}
+        texts = unpack(row["rationales"], list) if row.get("rationales") else [row.get("lecture") or "", row.get("solution") or ""]
+        image, reasoning = [], [text[start:end] for text in texts for start, end in split_sentences(text)]
+    reference = {"image": tidy(image), "reasoning": tidy(reasoning)}
+
+    index = row.get("correct_choice_idx", row.get("answer"))
+    if choices and index is not None:
+        answer = dict(enumerate(choices))[int(index)]
+        alternatives = [answer]
+    else:
+        answer = extract_answer(reference["reasoning"], choices)
+        alternatives = [answer or "", *re.split(r"\s+or\s+", answer or "")]  # "a sponge cake or pound cake"
+    direct = unpack(row.get("direct_answers") or list(dict.fromkeys(alternatives)), list)
+    flaws = {
+        "no question": not question,
+        "no chain": published and annotated is None,
+        "empty chain": not any(reference.values()),
+        "missing level": published and not all(reference.values()),
+        "no answer": not answer,
+    }
+    record = {"question": f"{hint} {question}".strip(), "choices": choices, "answer": answer}
+    record |= {"answers": [str(text).strip() for text in direct], "reference": reference}
     return record | {"flaw": next((flaw for flaw, holds in flaws.items() if holds), None)}
-
-
-def tidy(texts: Sequence[str]) -> list[str]:
-    """The texts that hold a word, each on one line and with its full stop."""
-    lines = [" ".join(text.split()) for text in texts if re.search(r"\w", text)]
-    return [s if re.search(r"[.!?][\"')\]]*$", s) else f"{s}." for s in lines]
 
 
 def unpack(value, kind: type):
@@ -462,8 +586,9 @@ def unpack(value, kind: type):
     return value
 
 
-def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit: int | None = None,
-           require_images: bool = True) -> list[dict]:  # fmt: skip
+def usable(
+    records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit: int | None = None, require_images: bool = True
+) -> list[dict]:
     """The first `limit` records without a "flaw", with all `needed` fields and an image that opens; no image is opened beyond them.
     The others are counted by reason, and more than a fifth of all records end the run (exit code 2) unless `allow_bad`."""
     good, bad = [], {}
@@ -480,248 +605,67 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
         if reason:
             bad.setdefault(reason, []).append(str(record.get("id")))
         elif wanted:
-            good.append({k: v for k, v in record.items() if k != "flaw"})
+            good.append({name: value for name, value in record.items() if name != "flaw"})
     for reason, ids in bad.items():
-        print(f"{len(ids)} of {len(records)} records left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})")
+        print(f"{len(ids)} of {len(records)} records left out: {reason} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})")
     n_bad = sum(map(len, bad.values()))
     if not good or (n_bad > 0.2 * len(records) and not allow_bad):
         usage_error(f"{n_bad} of {len(records)} records cannot be used (--allow-bad-records uses the rest)")
     return good
 
 
+def reference_chain(record: dict) -> list[str]:
+    """All sentences of a record's reference chain, image level first."""
+    return record["reference"]["image"] + record["reference"]["reasoning"]
+
+
 # ------------------------------------------------------------------------------------------------------------------- model
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+@dataclass
+class VLM:
+    """A vision-language model and what is known of it once it is loaded."""
+
+    model: nn.Module  # with its adapter, if it has one
+    base: nn.Module  # the same without the adapter's wrapper
+    head: nn.Module  # the output head
+    processor: object
+    tokenizer: object
+    plain_head: bool  # its logits are head(hidden) and nothing else
+    end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
+    train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
 
 
-def build_digits_processor():
-    """A LLaVA processor whose tokenizer is trained on every sentence that the world and the statements can hold."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
-    chains = [digit_chain(f, a, b) for f in FAMILIES for a in range(10) for b in range(10)]
-    corpus = [" ".join(c["image"] + c["reasoning"]) for c in chains]
-    pool = [s for statements in [*load_statements().values(), *NUMERIC_STATEMENTS.values()] for s in statements]
-    corpus += [f"The left digit is 3, {s} {s}" for s in pool] + [f"USER: {q} ASSISTANT:" for q in FAMILIES.values()]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
-    )
-    size = {"height": 16, "width": 16}
-    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
+def make_vlm(model: nn.Module, processor) -> VLM:
+    """Note a model's end tokens and forget how it would sample; no dropout, so that every pass computes the same policy."""
+    text, base = model.config.get_text_config(), model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = [processor.tokenizer.eos_token_id]
+    for more in (model.generation_config.eos_token_id, getattr(text, "eos_token_id", None)):
+        ends += more if isinstance(more, list) else [more]
+    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    model.eval().generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)
+    head = model.get_output_embeddings()
+    return VLM(model, base, head, processor, processor.tokenizer, has_plain_head(model, base, head), ends)
 
 
-def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab_size: int | None = None):
-    """A LlavaForConditionalGeneration, randomly initialised; about one million parameters as it stands."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8,
-        hidden_act="gelu",
-    )
-    text = LlamaConfig(
-        vocab_size=vocab_size or len(processor.tokenizer), hidden_size=hidden_size, intermediate_size=5 * hidden_size // 2,
-        num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, vision_feature_layer=-1,
-        vision_feature_select_strategy="full", tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+@torch.no_grad()
+def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) -> bool:
+    """Whether the logits are the weights of the output head times the last hidden state: no bias, scale, soft cap, adapter or
+    quantisation. Not every model applies what its configuration holds, so it is tried, on two tokens."""
+    if type(head) is not nn.Linear or head.bias is not None or not hasattr(base, "model"):
+        return False
+    tokens = torch.tensor([[0, 1]], device=model.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    logits, expected = model(**inputs).logits, head(base.model(**inputs).last_hidden_state)
+    return bool((logits - expected).abs().max() <= 0.01 * logits.abs().max())
 
 
-def build_digits_clip(folder: Path):
-    """A tiny open_clip model in a folder from which `open_clip.create_model_and_transforms("local-dir:...")` loads it."""
-    import open_clip
+def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
+    """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
-    config = {
-        "model_cfg": {
-            "embed_dim": 64,
-            "vision_cfg": {"image_size": 16, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [16, 16]},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "open_clip_config.json", config)
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", load_weights=False)
-    model.token_embedding.requires_grad_(False)  # random vectors tell 60 words apart, and 3M weights need no optimizer
-    return model, open_clip.get_tokenizer(f"local-dir:{folder}")
-
-
-def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
-    """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
-    weights = {
-        "embeddings.class_embedding": visual.class_embedding,
-        "embeddings.patch_embedding.weight": visual.conv1.weight,
-        "embeddings.position_embedding.weight": visual.positional_embedding,
-    }
-    modules = {"pre_layrnorm": visual.ln_pre, "post_layernorm": visual.ln_post}
-    for i, block in enumerate(visual.transformer.resblocks):
-        layer = f"encoder.layers.{i}."
-        modules |= {f"{layer}layer_norm1": block.ln_1, f"{layer}layer_norm2": block.ln_2, f"{layer}mlp.fc1": block.mlp.c_fc}
-        modules |= {f"{layer}mlp.fc2": block.mlp.c_proj, f"{layer}self_attn.out_proj": block.attn.out_proj}
-        for name in ("weight", "bias"):
-            for key, part in zip("qkv", getattr(block.attn, f"in_proj_{name}").chunk(3), strict=True):
-                weights[f"{layer}self_attn.{key}_proj.{name}"] = part
-    return weights | {f"{name}.{k}": v for name, module in modules.items() for k, v in module.named_parameters()}
-
-
-def digits_batches(seed: int, noise_scale: float, steps: int, batch: int, clear: int, desc: str) -> Iterator[tuple]:
-    """Fresh questions from the base pool: (bar and step, images in [0, 1], records), under a progress bar.
-
-    The first `clear` steps draw clear images only: learning under full noise hardly starts."""
-    rng = np.random.default_rng([seed, *desc.encode()])
-    bar = tqdm(range(steps), desc=desc, leave=False)
-    for step in bar:
-        noise = 0.2 if step < clear else None
-        pixels, records = zip(*(draw_digits(rng, "base", noise, noise_scale) for _ in range(batch)), strict=True)
-        yield (bar, step), pixels, records
-
-
-def optimizer_step(bar: tqdm, step: int, optimizer, loss: Tensor, lr: float) -> None:  # bar.n lags behind: no step count
-    warmup_then_linear(optimizer, step, bar.total, [lr] * len(optimizer.param_groups), 0.1)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[int, int] = (400, 300)) -> None:
-    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which caption
-    (image-level sentence; captions say what is there to see) is true of which image. Many captions of a batch are true of many of
-    its images, so that the pairs are judged one by one (the sigmoid loss of SigLIP, Zhai et al. 2023), not by a softmax."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(seed)
-    model, tokenizer = build_digits_clip(folder)
-    head = torch.nn.Linear(64, 20)
-    optimizer = torch.optim.AdamW([*model.visual.parameters(), *head.parameters()], betas=(0.9, 0.98), weight_decay=0.01)
-    to_pixels = lambda images: torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1  # noqa: E731
-    for (bar, step), images, records in digits_batches(seed, noise_scale, steps[0], 256, steps[0] * 2 // 3, "digits vision"):
-        labels = torch.tensor([[int(s[-2]) for s in r["reference"]["image"]] for r in records])
-        logits = head(model.encode_image(to_pixels(images))).view(-1, 10)
-        optimizer_step(bar, step, optimizer, F.cross_entropy(logits, labels.view(-1)), lr=2e-3)
-    scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
-    trained = [scale, bias, *(p for p in model.parameters() if p.requires_grad)]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
-    tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
-    for (bar, step), images, records in digits_batches(seed, noise_scale, steps[1], 128, 0, "digits CLIP"):
-        truths = [r["reference"]["image"] for r in records]
-        sentences = list(dict.fromkeys(s for truth in truths for s in truth))
-        target = torch.tensor([[float(s in truth) for s in sentences] for truth in truths])  # (images, sentences)
-        v = F.normalize(model.encode_image(to_pixels(images)), dim=-1)
-        s = F.normalize(model.encode_text(torch.stack([tokens(x) for x in sentences])), dim=-1)
-        loss = F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
-        optimizer_step(bar, step, optimizer, loss, lr=3e-3)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-
-
-def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Token ids of a reference chain in which every sentence but the last may be that of two other digits (MISREAD), and the
-    positions of such sentences' tokens, which are read and not learned: what is said before may be wrong, look at the image."""
-    family = next(name for name, question in FAMILIES.items() if question == record["question"])
-    ids, wrong = [], []
-    for i, sentence in enumerate(chain(record)):
-        other = i < 3 and rng.random() < MISREAD
-        if other:
-            sentence = chain({"reference": digit_chain(family, *rng.integers(10, size=2))})[i]
-        tokens = _token_ids(tokenizer, " " * (i > 0) + sentence)
-        wrong += range(len(ids), len(ids) + len(tokens)) if other else []
-        ids += tokens
-    return [*ids, tokenizer.eos_token_id], wrong
-
-
-def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
-    """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model (as in
-    LLaVA), stopped while it is still imperfect. Chains are partly misread, so that doubt about a digit shows in later steps too."""
-    import open_clip
-
-    torch.manual_seed(seed)
-    processor = build_digits_processor()
-    model = build_digits_model(processor)
-    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder.with_name('clip')}")
-    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)  # transformers 5.0 has a module more
-    tower.load_state_dict(to_llava_vision(clip.visual))
-    model.model.vision_tower.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
-    rng = np.random.default_rng(seed)
-    for (bar, step), images, records in digits_batches(seed, noise_scale, steps, 64, steps // 2, "digits base model"):
-        ids, wrong = zip(*(misread(record, processor.tokenizer, rng) for record in records), strict=True)
-        batch = collate(processor, [r | {"image": to_image(x)} for r, x in zip(records, images, strict=True)], ids)
-        for row, positions in enumerate(wrong):
-            batch.mask[row, positions] = False
-        optimizer_step(bar, step, optimizer, sft_loss(model, batch), lr=3e-3)
-    save_model(model, processor, folder)
-
-
-def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, str]:
-    """Where the digits world keeps its vision-language model and its CLIP model."""
-    return {name: str(Path(cache) / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
-
-
-def build_digits_world(cache: str | Path, seed: int, noise_scale: float, needed: Sequence[str]) -> None:
-    """Build and train the world's two models where one of them is `needed` and that has not been done yet."""
-    paths = digits_paths(cache, seed, noise_scale)
-    for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
-        if not {paths[name], paths["model"]} & set(needed):  # the model is built from the image tower of CLIP
-            continue
-        done = Path(paths[name]) / "done"
-        if not done.exists():
-            train(done.parent, seed, noise_scale)
-            done.touch()
-
-
-def add_lora(model, args: argparse.Namespace):
-    """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
-    from peft import LoraConfig, get_peft_model
-
-    if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
-        usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
-    alpha = args.lora_alpha or 2 * args.lora_rank
-    options = {"lora_alpha": alpha, "target_modules": args.lora_targets, "lora_dropout": args.lora_dropout}
-    return get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
-
-
-def freeze_vision(model) -> None:
-    """As everywhere in LLaVA's recipe, the image tower stays as it is."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision" not in name and "visual" not in name)
-
-
-def enable_train_mode(model, checkpointing: bool = True, lora_dropout: bool = False) -> None:
-    """Train mode in passes with gradient, for gradient checkpointing (keep the input of each layer instead of all it computes) and
-    for the dropout of an adapter. All other dropout is off, so that nothing else notices the mode."""
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    model.has_train_mode = bool(checkpointing or lora_dropout)
-    for name, module in model.named_modules():
-        module.support_avx512bf16_for_cpu = False  # else bitsandbytes packs weights in passes without gradient, and then has none
-        if isinstance(module, torch.nn.Dropout) and not (lora_dropout and "lora_dropout" in name):
-            module.p = 0.0
-
-
-def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = False):
-    """Model and processor of a Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
-
-    args.lora_rank > 0 puts a new adapter on a model that is to be trained and has none; then only the adapter is trained."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+    trainable: with args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
+    from peft import PeftModel, prepare_model_for_kbit_training  # slow to import, with what it needs
 
     dtype = getattr(torch, args.dtype)
-    options = {"dtype": dtype, "device_map": {"": args.device}}
+    options = {"dtype": dtype, "device_map": {"": device}}
     if args.attn:
         options["attn_implementation"] = args.attn
     if args.load_in_4bit:
@@ -732,50 +676,74 @@ def load_model(path: str | Path, args: argparse.Namespace, trainable: bool = Fal
     if adapted and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
         usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     with loading("model", path):
-        base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else str(path)
+        base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else path
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
         if adapted:
-            from peft import PeftModel
-
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-    if trainable and args.lora_rank and not adapted:
-        from peft import prepare_model_for_kbit_training
-
+    if not trainable:
+        return make_vlm(model, processor)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes packs weights in passes without gradient, and then has none
+    new_adapter = not adapted and getattr(args, "lora_rank", 0)
+    if new_adapter:
         if args.load_in_4bit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = add_lora(model, args)
-    if trainable:
-        if not hasattr(model, "peft_config"):
-            freeze_vision(model)
-        enable_train_mode(model, args.gradient_checkpointing, not adapted and args.lora_rank and args.lora_dropout > 0)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
-    return model.eval(), processor  # eval: no dropout anywhere, so that every forward pass computes the same policy
+    elif not adapted:
+        freeze_vision(model)
+    vlm = make_vlm(model, processor)
+    enable_train_mode(vlm, args.gradient_checkpointing, bool(new_adapter and args.lora_dropout))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
+    return vlm
 
 
-def save_model(model, processor, folder: str | Path) -> None:
-    """Write a PEFT adapter, or full weights whose config.json then holds the run's keys beside transformers' own."""
-    path = Path(folder) / "config.json"
-    run = read_json(path) if path.exists() else {}
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_json(path, (read_json(path) if path.exists() else {}) | run)
+def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
+    from peft import LoraConfig, get_peft_model
+
+    if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
+        usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
+    alpha = args.lora_alpha or 2 * args.lora_rank
+    options = {"lora_alpha": alpha, "target_modules": args.lora_targets, "lora_dropout": args.lora_dropout}
+    return get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """As everywhere in LLaVA's recipe, the image tower stays as it is."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision" not in name and "visual" not in name)
+
+
+def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool = False) -> None:
+    """Train mode in passes with gradient, for gradient checkpointing (keep the input of each layer instead of all it computes) and
+    for the dropout of an adapter. All other dropout is off, so that nothing else notices the mode."""
+    if checkpointing:
+        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        vlm.model.enable_input_require_grads()
+    vlm.train_mode = checkpointing or lora_dropout
+    for name, module in vlm.model.named_modules():
+        if isinstance(module, nn.Dropout) and not (lora_dropout and "lora_dropout" in name):
+            module.p = 0.0
+
+
+def save_model(vlm: VLM, folder: str | Path) -> None:
+    """Full weights, or a PEFT adapter, and the processor, in Hugging Face format."""
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
 
 
 def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> None:
-    """Trainable weights, optimizers and loop position. Everything random is seeded by the step, so no random state is needed."""
+    """Trainable weights, optimizers and the number of steps done."""
     weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    states = {name: o.state_dict() for name, o in optimizers.items()}
-    torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
-    temporary.replace(path)
+    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    with writing(path) as temporary:
+        torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
 
 
 def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
-    """Restore what `save_checkpoint` wrote -> the next step; 0 where there is no checkpoint."""
-    if not path.exists():
-        return 0
+    """Restore what `save_checkpoint` wrote -> the number of steps done."""
     state = torch.load(path, weights_only=True)
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name], strict=False)
@@ -784,14 +752,15 @@ def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
     return state["step"]
 
 
-def warmup_then_linear(optimizer, step: int, steps: int, lr: Sequence[float], warmup: float) -> None:
-    """Set each group's learning rate: a linear rise over the first `warmup` of the steps, then linear decay to a tenth."""
+def set_learning_rate(optimizer, peak: float, step: int, steps: int, warmup: float) -> None:
+    """A linear rise to `peak` over the first `warmup` of the steps, then linear decay to a tenth."""
     rise = max(1, round(warmup * steps))
     scale = (step + 1) / rise if step < rise else 1 - 0.9 * (step - rise) / max(1, steps - rise)
-    for group, peak in zip(optimizer.param_groups, lr, strict=True):
+    for group in optimizer.param_groups:
         group["lr"] = peak * scale
 
 
+# ----------------------------------------------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
     """Prompts with their responses: left-padded prompts, right-padded responses (B sequences, P prompt and T response columns)."""
@@ -805,65 +774,136 @@ class Batch:
         return self.inputs["input_ids"].shape[1] - self.responses.shape[1]
 
 
+@dataclass
+class Response:
+    """What a model wrote."""
+
+    ids: list[int]  # its L tokens, the last of which ends it, unless it was cut
+    text: str
+    offsets: list[tuple[int, int]]  # characters [start, end) of `text` that each token adds
+
+
 def prompt_text(record: dict) -> str:
     question = record["question"] + (f" Choices: {', '.join(record['choices'])}." if record.get("choices") else "")
-    return question if str(record.get("id", "digits")).startswith("digits") else PROMPT.format(question=question)
+    return question if str(record.get("id", "digits")).startswith("digits") else QUESTION_PROMPT.format(question=question)
 
 
-def collate(processor, records: Sequence[dict], responses: Sequence[Sequence[int]] | None = None, device="cpu") -> Batch:
-    """Prompts of `records` (image and question through the processor's chat template) followed by `responses` (token ids)."""
-    content = [[{"type": "image"}, {"type": "text", "text": prompt_text(r)}] for r in records]
-    messages = [[{"role": "user", "content": c}] for c in content]
-    texts = [processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+def collate(vlm: VLM, records: Sequence[dict], responses: Sequence[Sequence[int]] = ()) -> Batch:
+    """Prompts of `records` (image and question through the processor's chat template) and, where given, the responses' ids."""
+    content = [[{"type": "image"}, {"type": "text", "text": prompt_text(record)}] for record in records]
+    messages = [[{"role": "user", "content": parts}] for parts in content]
+    texts = [vlm.processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
     images = [r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"]) for r in records]
-    processor.tokenizer.padding_side = "left"
-    inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
-    responses = responses if responses is not None else [[]] * len(records)
-    width = max(map(len, responses))
-    ids = torch.full((len(records), width), processor.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, response in enumerate(responses):
-        ids[row, : len(response)] = torch.tensor(response, dtype=torch.long)
-        mask[row, : len(response)] = True
-    inputs.pop("token_type_ids", None)
-    prompt = inputs["input_ids"].shape
+    vlm.tokenizer.padding_side = "left"
+    inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt")
+    inputs = {name: value.to(vlm.model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    nothing = torch.zeros(len(records), 0, dtype=torch.long, device=vlm.model.device)
+    prompts = Batch(inputs, nothing, nothing.bool())
+    return add_responses(vlm, prompts, responses) if responses else prompts
+
+
+def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) -> Batch:
+    """The same prompts, each followed by its response: what stands before a token is the state of eq. 8."""
+    rows = [torch.tensor(response, dtype=torch.long, device=vlm.model.device) for response in responses]
+    ids = pad_sequence(rows, batch_first=True, padding_value=vlm.tokenizer.pad_token_id)  # (B, T)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    added = {"input_ids": ids, "attention_mask": mask.long()}  # eq. 8
+    inputs, prompt_shape = dict(prompts.inputs), prompts.inputs["input_ids"].shape
     for name, value in inputs.items():
-        if value.shape == prompt:  # others a position: mm_token_type_ids, 0 where the token is text
-            inputs[name] = torch.cat([value, {"input_ids": ids, "attention_mask": mask.long()}.get(name, torch.zeros_like(ids))], 1)
-    return Batch({k: v.to(device) for k, v in inputs.items()}, ids.to(device), mask.to(device))
+        if value.shape == prompt_shape:  # others a position: mm_token_type_ids, 0 where the token is text
+            inputs[name] = torch.cat([value, added.get(name, torch.zeros_like(ids))], 1)
+    return Batch(inputs, ids, mask)
 
 
-def response_ids(processor, responses: Sequence[str]) -> list[list[int]]:
+def response_ids(vlm: VLM, responses: Sequence[str]) -> list[list[int]]:
     """Token ids of responses written as text, each closed by the end-of-sequence token."""
-    tokenizer = processor.tokenizer
-    return [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
+    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + vlm.end_tokens[:1] for text in responses]
 
 
-def response_statistics(model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and last hidden state (B, T, H) of the
-    response tokens: the state at position t - 1 predicts token t. Only response tokens meet the output head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(model, "transform"):
-        model.transform = logit_transform(model)
-    model.train(getattr(model, "has_train_mode", False) and torch.is_grad_enabled())
-    before, targets = slice(batch.start - 1, -1), batch.responses[batch.mask]
-    if model.transform:
-        hidden = base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before]
-        logprob, entropy = head_statistics(hidden[batch.mask], model.get_output_embeddings(), targets, *model.transform)
-    else:  # a model that hides its head, or what it does with its logits
-        output = model(**batch.inputs, use_cache=False, output_hidden_states=True)
+@torch.no_grad()
+def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, seed: int) -> list[list[int]]:
+    """Sample the token ids of one response a prompt, its end token included (temperature 0: greedy)."""
+    vlm.model.eval()
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    placeholder = getattr(vlm.processor, "image_token_id", None)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=vlm.end_tokens,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+        suppress_tokens=None if placeholder is None else [placeholder],
+        **sampling,
+    )
+    output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
+    responses = []
+    for ids in output.tolist():
+        ends = [position for position, token in enumerate(ids) if token in vlm.end_tokens]
+        responses.append(ids[: ends[0] + 1] if ends else ids)
+    return responses
+
+
+@contextlib.contextmanager
+def images_encoded_once(vlm: VLM) -> Iterator[None]:
+    """Inside, the frozen image tower sees the pictures of a batch once: sampling, measuring and reference share its output."""
+    tower = vlm.base.get_encoder(modality="image")
+    original, seen = tower.forward, []
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        pictures = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        for known, output in seen:
+            if len(known) == len(pictures) and all(map(torch.equal, known, pictures)):
+                return copy.copy(output)  # some models write into what they get
+        output = original(*args, **kwargs)
+        seen.append((pictures, copy.copy(output)))
+        return output
+
+    with patch.object(tower, "forward", forward):
+        yield
+
+
+def read_response(tokenizer, ids: Sequence[int]) -> Response:
+    """Text of token ids (special tokens left out) and the characters that each token adds to it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    pieces = [_piece(tokenizer, token) for token in ids]
+    if "".join(pieces) == text:
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    else:  # tokens that share a character, or whose spaces depend on their neighbours: decode every prefix
+        ends = []
+        for n in range(1, len(ids) + 1):
+            prefix = tokenizer.decode(ids[:n], skip_special_tokens=True)
+            ends.append(len(prefix) if text.startswith(prefix) else (ends[-1] if ends else 0))
+    return Response(list(ids), text, list(zip([0, *ends[:-1]], ends, strict=True)))
+
+
+@functools.cache
+def _piece(tokenizer, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- statistics
+def response_statistics(vlm: VLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The one place where statistics are made: a forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and
+    last hidden state (B, T, H) of the response tokens. Only response tokens meet the output head."""
+    vlm.model.train(vlm.train_mode and torch.is_grad_enabled())
+    before = slice(batch.start - 1, -1)  # the state at position t - 1 predicts token t
+    targets = batch.responses[batch.mask]  # (tokens,)
+    if vlm.plain_head:
+        hidden = vlm.base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before]  # (B, T, H)
+        logprob, entropy = HeadStatistics.apply(hidden[batch.mask], vlm.head.weight, targets)
+    else:
+        kept = batch.responses.shape[1] + 1
+        output = vlm.model(**batch.inputs, use_cache=False, output_hidden_states=True, logits_to_keep=kept)
         hidden = output.hidden_states[-1][:, before]
-        logprob, entropy = token_statistics(output.logits[:, before][batch.mask], targets)
+        logprob, entropy = token_statistics(output.logits[:, -kept:-1][batch.mask], targets)
     zeros = torch.zeros(batch.mask.shape, device=hidden.device)
     return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, entropy), hidden
 
 
-def sft_loss(model, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the response tokens (eq. 9); prompt, image and padding carry no loss."""
-    return -response_statistics(model, batch)[0].sum() / batch.mask.sum()
-
-
-# ------------------------------------------------------------------------------------------ generation and token statistics
+def sft_loss(vlm: VLM, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the response tokens; prompt, image and padding carry no loss."""
+    logprob, _, _ = response_statistics(vlm, batch)
+    return -logprob.sum() / batch.mask.sum()  # eq. 9
 
 
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -880,238 +920,86 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(-1, targets[:, None]).squeeze(-1) - lse, entropy.clamp(min=0.0)
 
 
-@torch.no_grad()
-def logit_transform(model) -> tuple[float, float | None] | None:
-    """(scale s, soft-cap k) of a model whose logits are s head(hidden), or k tanh(head(hidden) / k); None where they are neither.
+class HeadStatistics(torch.autograd.Function):
+    """`token_statistics` of logits = hidden weight^T from blocks of rows and vocabulary that fit a processor's cache, so that no
+    logits (L, V) exist, forward or backward: apply(hidden (L, H), weight (V, H), targets (L,)) -> logprob (L,), entropy (L,).
 
-    Not every model applies what its text configuration holds, so both are tried, on two tokens."""
-    base, head = model.get_base_model() if hasattr(model, "get_base_model") else model, model.get_output_embeddings()
-    if head is None or not hasattr(base, "model"):
-        return None
-    tokens, text = torch.tensor([[0, 1]], device=model.device), model.config.get_text_config()
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    logits, z = model(**inputs).logits.float(), head(base.model(**inputs).last_hidden_state).float()
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
-    for s, k in ((1.0, None), (scale, None), (1.0, getattr(text, "final_logit_softcapping", None))):
-        if (logits - (k * torch.tanh(z / k) if k else s * z)).abs().max() <= 0.01 * logits.abs().max():
-            return s, k
-    return None
+    Forward, over the blocks of the vocabulary, three running sums of a row's logits z:
+        m = max z,  s = sum exp(z - m),  t = sum exp(z - m) (z - m);  then lse = m + log s and H = log s - t / s.
+    Backward makes z again:  d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)."""
 
-
-def head_statistics(
-    hidden: Tensor, head: torch.nn.Module, targets: Tensor, scale: float = 1.0, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """`token_statistics(logits, targets)` of logits = scale head(hidden), or softcap tanh(head(hidden) / softcap), with gradient,
-    without ever holding logits (L, V).
-
-    hidden (L, H), any float type; targets (L,) -> logprob (L,), entropy (L,), float32. A plain linear head is taken apart along its
-    vocabulary (`_HeadStatistics`); any other module (an adapter on the head, quantised weights) gets 64 rows at a time."""
-    if type(head) is torch.nn.Linear:
-        bias = None if head.bias is None else head.bias * scale
-        return _HeadStatistics.apply(hidden if scale == 1 else hidden * scale, head.weight, bias, targets, softcap)
-
-    def some_rows(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h).float() * scale
-        return token_statistics(softcap * torch.tanh(logits / softcap) if softcap else logits, y)
-
-    rows = [checkpoint(some_rows, h, y, use_reentrant=False) for h, y in zip(hidden.split(64), targets.split(64), strict=True)]
-    return tuple(map(torch.cat, zip(*rows, strict=True)))
-
-
-class _HeadStatistics(torch.autograd.Function):
-    """The same numbers as `token_statistics`, from blocks of rows and vocabulary that fit a processor's cache.
-
-    Over the blocks run m = max z, s = sum exp(z - m) and t = sum exp(z - m) (z - m); then lse = m + log s and H = log s - t / s.
-    The backward pass makes z again: d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)."""
-
-    ROWS, BLOCK = 256, 2048
+    ROWS, BLOCK = 256, 2048  # 2 MB of float32 logits
 
     @staticmethod
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
-        for part in _slices(len(weight), _HeadStatistics.BLOCK):
-            w = weight[part]
-            z = (hidden @ w.T).float() if hidden.is_cuda else hidden.float() @ w.float().T
-            z = z if bias is None else z + bias[part]
-            yield part, softcap * torch.tanh(z / softcap) if softcap else z
+    def blocks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple]:
+        """Rows, part of the vocabulary, float32 logits (rows, part), and which of the rows have their target there, and where."""
+        for start in range(0, len(hidden), HeadStatistics.ROWS):
+            rows = slice(start, start + HeadStatistics.ROWS)
+            for first in range(0, len(weight), HeadStatistics.BLOCK):
+                w, y = weight[first : first + HeadStatistics.BLOCK], targets[rows] - first
+                z = (hidden[rows] @ w.T).float() if hidden.is_cuda else hidden[rows].float() @ w.float().T
+                inside = ((y >= 0) & (y < len(w))).nonzero().squeeze(1)
+                yield rows, slice(first, first + len(w)), z, (inside, y[inside])
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None):
-        lse, entropy, picked = torch.zeros(3, len(hidden), device=hidden.device)
-        for rows in _slices(len(hidden), _HeadStatistics.ROWS):
-            m = torch.full_like(lse[rows], -1e30)
-            s, t = torch.zeros(2, len(m), device=m.device)
-            for part, z in _HeadStatistics.logits(hidden[rows], weight, bias, softcap):
-                index = (targets[rows] - part.start).clamp(0, z.shape[1] - 1)
-                inside = (targets[rows] >= part.start) & (targets[rows] < part.stop)
-                picked[rows] += torch.where(inside, z.gather(1, index[:, None]).squeeze(1), 0.0)
-                top = torch.maximum(m, z.amax(1))
-                z -= top[:, None]
-                p, shift, scale = z.exp(), m - top, (m - top).exp()
-                t = scale * (t + s * shift) + torch.linalg.vecdot(p, z)
-                s, m = scale * s + p.sum(1), top
-            lse[rows], entropy[rows] = m + s.log(), s.log() - t / s
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.softcap = softcap
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
+        s, t, picked = torch.zeros(3, len(hidden), device=hidden.device)
+        m = torch.full_like(s, -1e30)
+        for rows, _, z, (inside, y) in HeadStatistics.blocks(hidden, weight, targets):
+            picked[rows][inside] = z[inside, y]
+            top = torch.maximum(m[rows], z.amax(1))
+            z -= top[:, None]
+            p, shift = z.exp(), m[rows] - top
+            t[rows] = shift.exp() * (t[rows] + s[rows] * shift) + torch.linalg.vecdot(p, z)
+            s[rows] = shift.exp() * s[rows] + p.sum(1)
+            m[rows] = top
+        lse, entropy = m + s.log(), s.log() - t / s
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         return picked - lse, entropy.clamp(min=0.0)
 
     @staticmethod
     def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor):
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        grads = [torch.zeros_like(x, dtype=torch.float32) if need else None
-                 for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)]  # fmt: skip
-        for rows in _slices(len(hidden), _HeadStatistics.ROWS):
-            a, b, y = grad_logprob[rows, None], grad_entropy[rows, None], targets[rows]
-            for part, z in _HeadStatistics.logits(hidden[rows], weight, bias, ctx.softcap):
-                slope = 1 - (z / ctx.softcap) ** 2 if ctx.softcap else None
-                z -= lse[rows, None]
-                g = -z.exp() * (a + b * (z + entropy[rows, None]))
-                inside = ((y >= part.start) & (y < part.stop)).nonzero().squeeze(1)
-                g[inside, y[inside] - part.start] += a[inside, 0]
-                g = g if slope is None else g * slope
-                if grads[0] is not None:
-                    grads[0][rows] += g @ weight[part].float()
-                if grads[1] is not None:
-                    grads[1][part] += g.T @ hidden[rows].float()
-                if grads[2] is not None:
-                    grads[2][part] += g.sum(0)
-        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None, None
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
-
-
-@dataclass
-class Generation:
-    """One generated response; the tensors are 1-D and as long as `ids`, which ends with the end-of-sequence token if it came."""
-
-    ids: list[int]
-    text: str
-    offsets: list[tuple[int, int]]  # characters of `text` that each token stands for
-    logprob: Tensor
-    entropy: Tensor
-    hidden: Tensor | None = None  # (L, H) the last hidden state before each token, where it was asked for
-
-
-class StatisticsRecorder(LogitsProcessor):
-    """Takes log-probability and entropy of each sampled token from the raw logits, before temperature, as they are made."""
-
-    def __init__(self, banned: int | None):
-        self.banned, self.logits, self.logprob, self.entropy, self.hidden = banned, None, [], [], []
-
-    def keep_hidden(self, head, args: tuple[Tensor]) -> None:
-        """Hook before the output head: what it is given for the newest position."""
-        self.hidden.append(args[0][:, -1])
-
-    def take(self, tokens: Tensor) -> None:
-        if self.logits is not None:
-            logprob, entropy = token_statistics(self.logits, tokens)
-            self.logprob.append(logprob)
-            self.entropy.append(entropy)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.take(input_ids[:, -1])
-        self.logits = scores
-        if self.banned is None:
-            return scores
-        return scores.index_fill(-1, torch.tensor([self.banned], device=scores.device), -torch.inf)
-
-
-@torch.no_grad()
-def generate(
-    model, processor, records: Sequence[dict], temperature: float, max_new_tokens: int, seed: int, keep_hidden: bool = False
-) -> list[Generation]:
-    """Sample one response a record (temperature 0: greedy)."""
-    from transformers import GenerationConfig
-
-    model.eval()
-    tokenizer = processor.tokenizer
-    batch = collate(processor, records, device=model.device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling
-    )
-    recorder = StatisticsRecorder(getattr(processor, "image_token_id", None))
-    hook = model.get_output_embeddings().register_forward_pre_hook(recorder.keep_hidden) if keep_hidden else None
-    output = model.generate(**batch.inputs, generation_config=config, logits_processor=[recorder])[:, batch.start :]
-    if hook:
-        hook.remove()
-    recorder.take(output[:, -1])
-    hidden = torch.stack(recorder.hidden, 1).float().cpu() if keep_hidden else [None] * len(output)
-    logprob, entropy = torch.stack(recorder.logprob, 1).cpu(), torch.stack(recorder.entropy, 1).cpu()
-    generations = []
-    for row, ids in enumerate(output.tolist()):
-        length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-        text, offsets = decode_with_offsets(tokenizer, ids[:length])
-        kept = hidden[row][:length] if keep_hidden else None
-        generations.append(Generation(ids[:length], text, offsets, logprob[row, :length], entropy[row, :length], kept))
-    return generations
-
-
-@torch.no_grad()
-def score(model, processor, records: Sequence[dict], responses: Sequence[str]) -> list[Generation]:
-    """Given responses as if the model had generated them: log-probabilities and entropies from one teacher-forced pass."""
-    ids = response_ids(processor, responses)
-    logprob, entropy, _ = response_statistics(model, collate(processor, records, ids, model.device))
-    rows = zip(ids, logprob.cpu(), entropy.cpu(), strict=True)
-    return [Generation(i, *decode_with_offsets(processor.tokenizer, i), p[: len(i)], h[: len(i)]) for i, p, h in rows]
-
-
-@functools.cache
-def _token_ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
-
-
-@functools.cache
-def _piece(tokenizer, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=True)
-
-
-def decode_with_offsets(tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Text of `ids` (special tokens left out) and the characters [start, end) that each token adds to it."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    pieces = [_piece(tokenizer, token) for token in ids]
-    if "".join(pieces) == text:
-        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    else:  # tokens that share a character, or whose spaces depend on their neighbours: decode every prefix
-        ends = []
-        for n in range(1, len(ids) + 1):
-            prefix = tokenizer.decode(ids[:n], skip_special_tokens=True)
-            ends.append(len(prefix) if text.startswith(prefix) else (ends[-1] if ends else 0))
-    return text, list(zip([0, *ends[:-1]], ends, strict=True))
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        inputs = zip((hidden, weight), ctx.needs_input_grad, strict=False)
+        to_hidden, to_weight = (torch.zeros_like(x, dtype=torch.float32) if need else None for x, need in inputs)
+        for rows, part, z, (inside, y) in HeadStatistics.blocks(hidden, weight, targets):
+            z -= lse[rows, None]  # log p
+            g = -z.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (z + entropy[rows, None]))
+            g[inside, y] += grad_logprob[rows][inside]
+            if to_hidden is not None:
+                to_hidden[rows] += g @ weight[part].float()
+            if to_weight is not None:
+                to_weight[part] += g.T @ hidden[rows].float()
+        to_hidden = None if to_hidden is None else to_hidden.to(hidden.dtype)
+        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
 
 
 # -------------------------------------------------------------------------------------------------------------- estimators
-
-
 def length_normalized_logprob(logprob: Tensor) -> Tensor:
     """U_LNLP = exp(-1/L sum log p): the perplexity of a sentence's tokens, logprob (L,) -> scalar >= 1."""
-    return torch.exp(-_one_or_more(logprob).float().mean())  # eq. 3
+    return torch.exp(-one_or_more(logprob).mean())  # eq. 3
 
 
 def mean_token_entropy(entropy: Tensor) -> Tensor:
     """U_MTE: mean entropy of the token distributions, entropy (L,) in nats -> scalar >= 0."""
-    return _one_or_more(entropy).float().mean()  # eq. 4
+    return one_or_more(entropy).mean()  # eq. 4
 
 
 def token_sar(logprob: Tensor, relevance: Tensor) -> Tensor:
     """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0.
 
     Relevance is clamped at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform."""
-    logprob, relevance = _one_or_more(logprob).float(), relevance.float().clamp(min=0)
-    total = relevance.sum()
-    weights = relevance / total if total > 0 and len(relevance) > 1 else torch.full_like(logprob, 1 / len(logprob))
-    return -(torch.where(weights > 0, weights * logprob, 0.0)).sum()  # eq. 5
+    logprob, relevance = one_or_more(logprob), relevance.float().clamp(min=0)
+    if len(relevance) == 1 or relevance.sum() == 0:
+        relevance = torch.ones_like(logprob)
+    weights = relevance / relevance.sum()
+    return -torch.where(weights > 0, weights * logprob, 0.0).sum()  # eq. 5
 
 
-def _one_or_more(values: Tensor) -> Tensor:
+def one_or_more(values: Tensor) -> Tensor:
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"expected the values of one or more tokens, got shape {tuple(values.shape)}")
-    return values
+    return values.float()
 
 
 class SentenceEncoder:
@@ -1150,10 +1038,10 @@ class Similarity:
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
         """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
-        self.cache: dict[tuple[str, str], float] = {}
+        self.scores: dict[tuple[str, str], float] = {}
+        self.cross_encoder = self.encoder = None
         config = Path(name or "") / "config.json"
         kinds = read_json(config).get("architectures") or [] if name and config.exists() else []
-        self.cross_encoder = None
         if "cross-encoder/" in (name or "") or any("SequenceClassification" in kind for kind in kinds):
             from sentence_transformers import CrossEncoder
 
@@ -1164,16 +1052,19 @@ class Similarity:
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """-> (n,) similarities of n pairs."""
-        new = sorted({p for p in pairs if p not in self.cache}, key=lambda p: (len(p[0]) + len(p[1]), p))
-        if new and self.cross_encoder:
-            scores = self.cross_encoder.predict(new, batch_size=64, show_progress_bar=False)
-            self.cache.update(zip(new, scores.tolist(), strict=True))
-        elif new:
-            texts = sorted({t for p in new for t in p}, key=lambda t: (len(t), t))
-            row, vectors = {t: i for i, t in enumerate(texts)}, self.encoder(texts)
-            left, right = (vectors[[row[p[side]] for p in new]] for side in (0, 1))
-            self.cache.update(zip(new, np.einsum("nd,nd->n", left, right).tolist(), strict=True))
-        return np.array([self.cache[p] for p in pairs], dtype=np.float32)
+        new = {pair for pair in pairs if pair not in self.scores}
+        if new:
+            new = sorted(new, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
+            self.scores.update(zip(new, self._score(new), strict=True))
+        return np.array([self.scores[pair] for pair in pairs], dtype=np.float32)
+
+    def _score(self, pairs: list[tuple[str, str]]) -> list[float]:
+        if self.cross_encoder:
+            return self.cross_encoder.predict(pairs, batch_size=64, show_progress_bar=False).tolist()
+        texts = sorted({text for pair in pairs for text in pair}, key=lambda text: (len(text), text))
+        row, vectors = {text: i for i, text in enumerate(texts)}, self.encoder(texts)
+        left, right = vectors[[row[a] for a, _ in pairs]], vectors[[row[b] for _, b in pairs]]
+        return (left * right).sum(1).tolist()
 
 
 def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
@@ -1190,8 +1081,7 @@ def token_relevance(groups: Sequence[Sequence[str]], similarity: Similarity) -> 
 class ClipScorer:
     """Cosine between the CLIP embeddings of images and sentences; each image and each sentence is encoded once.
 
-    A sentence longer than the text encoder's context (77 tokens for CLIP) is halved until its parts fit; embeddings are averaged.
-    """
+    A sentence longer than the text encoder's context (77 tokens for CLIP) is halved until it fits; embeddings are averaged."""
 
     def __init__(self, name: str, device: str = "cpu"):
         """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
@@ -1202,37 +1092,84 @@ class ClipScorer:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=tag, device=device)
             self.tokenizer, self.device = open_clip.get_tokenizer(model), device
         self.model.eval()
-        self.images, self.sentences = {}, {}
+        self.images, self.sentences = {}, {}  # unit embeddings
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
+        """Cosines (n,) of n pairs of image path and sentence."""
+        for paths in chunks(sorted(set(images) - set(self.images)), 256):
+            pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
+            self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
+        for texts in chunks(sorted(set(sentences) - set(self.sentences)), 256):
+            self.sentences.update(zip(texts, self._encode_sentences(texts), strict=True))
+        return np.array([self.images[image] @ self.sentences[text] for image, text in zip(images, sentences, strict=True)])
+
+    def _encode_sentences(self, texts: list[str]) -> np.ndarray:
+        parts = [self.windows(text) for text in texts]
+        tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
+        vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
+        means = torch.stack([vector.mean(0) for vector in vectors])
+        return F.normalize(means, dim=-1).cpu().numpy()
 
     def windows(self, sentence: str) -> list[str]:
+        """The sentence, halved until its parts fit the context."""
         words = sentence.split()
         if int(self.tokenizer(sentence)[0, -1]) == 0 or len(words) < 2:  # the last place is free: it fits
             return [sentence]
         half = len(words) // 2
         return self.windows(" ".join(words[:half])) + self.windows(" ".join(words[half:]))
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
-        """Cosines (n,) of n pairs of image path and sentence."""
-        for paths in chunks([p for p in dict.fromkeys(images) if p not in self.images], 256):
-            pixels = torch.stack([self.preprocess(load_image(p)) for p in paths]).to(self.device)
-            self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
-        for texts in chunks([s for s in dict.fromkeys(sentences) if s not in self.sentences], 256):
-            parts = [self.windows(text) for text in texts]
-            tokens = self.tokenizer([window for part in parts for window in part]).to(self.device)
-            vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(part) for part in parts])
-            means = F.normalize(torch.stack([v.mean(0) for v in vectors]), dim=-1).cpu().numpy()
-            self.sentences.update(zip(texts, means, strict=True))
-        return np.array([self.images[p] @ self.sentences[s] for p, s in zip(images, sentences, strict=True)])
+
+def uncertainties(
+    records: list[dict], responses: list[Response], steps: list[list[Step]], logprob: Tensor, entropy: Tensor, clip, similarity
+) -> list[np.ndarray]:
+    """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS.
+
+    logprob, entropy (B, T): of the response tokens, from `response_statistics`."""
+    sentences = [(row, step) for row, found in enumerate(steps) for step in found]
+    tokens, shortened = [], []
+    for row, step in sentences:
+        offsets = responses[row].offsets
+        tokens.append(step_tokens(offsets, step.start, step.end))
+        spans = [(max(offsets[i][0], step.start), min(offsets[i][1], step.end)) for i in tokens[-1]]
+        pieces = [(a - step.start, b - step.start) for a, b in spans]
+        shortened.append(without_each_token(records[row]["question"], step.text, pieces))
+    relevance = token_relevance(shortened, similarity)
+    cosine = clip([records[row]["image"] for row, _ in sentences], [step.text for _, step in sentences])
+    raw = np.zeros((len(sentences), len(ESTIMATORS)))
+    for i, (row, _) in enumerate(sentences):
+        p, h = logprob[row, tokens[i]], entropy[row, tokens[i]]  # (L,)
+        raw[i, 0] = length_normalized_logprob(p)
+        raw[i, 1] = mean_token_entropy(h)
+        raw[i, 2] = token_sar(p, torch.from_numpy(relevance[i]))
+        raw[i, 3] = 1 - max(cosine[i], 0.0)  # eq. 6, as an uncertainty
+    return np.split(raw, np.cumsum([len(found) for found in steps])[:-1])
 
 
-def chunks(items: list, size: int) -> Iterator[list]:
-    return (items[part] for part in _slices(len(items), size))
+def fuse(raw: np.ndarray, confidence: dict) -> np.ndarray:
+    """U_Final (n,) of raw uncertainties (n, 4), min-max normalised with the stored minima and maxima (a constant estimator maps to
+    0): the weighted sum, or the largest one (the ablation `w U_Max`)."""
+    low, high, weights = (np.array(confidence[name]) for name in ("min", "max", "weights"))
+    unit = ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
+    if confidence["fuse"] == "max":
+        return unit[:, weights > 0].max(-1)
+    return unit @ weights  # eq. 7
 
 
+def to_level(u: np.ndarray, confidence: dict) -> np.ndarray:
+    """Confidence levels 5..1 (n,) of U_Final (n,): 5 up to the first edge, 1 above the last."""
+    return N_LEVELS - (np.asarray(u)[:, None] > np.array(confidence["edges"])).sum(-1)
+
+
+def conf(level: int) -> float:
+    """EV: numerical value of a confidence level: 0, 0.25, 0.5, 0.75, 1 for levels 1 to 5."""
+    return (level - 1) / (N_LEVELS - 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- statements
 @dataclass
 class Step:
-    """A sentence z_t of a response and the confidence statement c_t after it."""
+    """A sentence z_t of a response and the confidence statement c_t after it: eq. 2's pair."""
 
     text: str  # the sentence alone, with its full stop
     start: int  # characters [start, end) of the response: the words of the sentence, without its closing stop or comma
@@ -1247,67 +1184,6 @@ def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> lis
     return [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
 
 
-def uncertainties(
-    records: Sequence[dict], generations: Sequence[Generation], steps: Sequence[list[Step]],
-    clip: ClipScorer, similarity: Similarity,
-) -> list[np.ndarray]:
-    """The four raw uncertainties of every sentence: one array (sentences, 4) a response, columns as ESTIMATORS."""
-    pairs = [(r, g, step) for r, g, s in zip(records, generations, steps, strict=True) for step in s]
-    cosines = clip([r["image"] for r, _, _ in pairs], [step.text for _, _, step in pairs])
-    tokens = [step_tokens(g.offsets, step.start, step.end) for _, g, step in pairs]
-    texts = []
-    for (record, generation, step), positions in zip(pairs, tokens, strict=True):
-        spans = [generation.offsets[i] for i in positions]
-        pieces = [(max(a, step.start) - step.start, min(b, step.end) - step.start) for a, b in spans]
-        texts.append(without_each_token(record["question"], step.text, pieces))
-    rows, relevances = [], token_relevance(texts, similarity)
-    for (_, generation, _), positions, relevance, cosine in zip(pairs, tokens, relevances, cosines, strict=True):
-        logprob, entropy = generation.logprob[positions], generation.entropy[positions]
-        u_sar = token_sar(logprob, torch.from_numpy(relevance))
-        u_clip = 1 - max(float(cosine), 0.0)  # eq. 6, as an uncertainty
-        rows.append([float(length_normalized_logprob(logprob)), float(mean_token_entropy(entropy)), float(u_sar), u_clip])
-    table = np.array(rows, dtype=np.float64).reshape(-1, len(ESTIMATORS))
-    return np.split(table, np.cumsum([len(s) for s in steps])[:-1])
-
-
-def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
-    """Min-max normalisation (n, 4) -> [0, 1] with the stored minima and maxima; a constant estimator maps to 0."""
-    low, high = np.array(confidence["min"]), np.array(confidence["max"])
-    return np.where(high > low, (raw - low) / np.where(high > low, high - low, 1.0), 0.0).clip(0, 1)
-
-
-def fuse(raw: np.ndarray, confidence: dict) -> np.ndarray:
-    """U_Final (n,) of raw uncertainties (n, 4): the weighted sum, or the largest one (the ablation `w U_Max`)."""
-    unit = normalize(raw, confidence)
-    if confidence["fuse"] == "max":
-        return unit[:, np.array(confidence["weights"]) > 0].max(-1)
-    return unit @ np.array(confidence["weights"])  # eq. 7
-
-
-def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma") -> dict:
-    """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
-    confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
-    confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
-    u = fuse(raw, confidence)
-    mean, std = float(u.mean()), float(u.std())
-    sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
-    return confidence | {"mean": mean, "std": std, "edges": sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]}
-
-
-def to_level(u: np.ndarray, confidence: dict) -> np.ndarray:
-    """Confidence levels 5..1 (n,) of U_Final (n,): 5 up to the first edge, 1 above the last."""
-    return N_LEVELS - (np.asarray(u)[:, None] > np.array(confidence["edges"])).sum(-1)
-
-
-def conf(level: int) -> float:
-    """Numerical value of a confidence level: 0, 0.25, 0.5, 0.75, 1 for levels 1 to 5."""
-    return (level - 1) / (N_LEVELS - 1)
-
-
-# -------------------------------------------------------------------------------------------------------------- statements
-NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in range(1, N_LEVELS + 1)}
-
-
 @functools.cache
 def load_statements() -> dict[int, list[str]]:
     """The pool: 40 statements for each level 1..5."""
@@ -1315,133 +1191,130 @@ def load_statements() -> dict[int, list[str]]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Lower case, single spaces, no punctuation: how texts are compared."""
     return " ".join(re.sub(r"[^\w'\s.-]|\.(?!\d)", " ", text.lower().replace("\u2019", "'")).split())
 
 
-@functools.cache
-def _known_statements() -> dict[str, int]:
-    return {_plain(s): level for pool in (load_statements(), NUMERIC_STATEMENTS) for level, texts in pool.items() for s in texts}
+def tidy(texts: Sequence[str]) -> list[str]:
+    """The texts that hold a word, each on one line and with its full stop."""
+    lines = [" ".join(text.split()) for text in texts if re.search(r"\w", text)]
+    return [line if re.search(r"[.!?][\"')\]]*$", line) else f"{line}." for line in lines]
 
 
-def insert(sentences: Sequence[str], levels: Sequence[int], rng: np.random.Generator, pool: dict[int, list[str]]) -> str:
-    """The chain with a random statement of its level after each sentence.
-
-    "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
-    statement that starts with a capital follows as a sentence of its own."""
-    parts = []
-    for sentence, level in zip(sentences, levels, strict=True):
-        statement = pool[level][rng.integers(len(pool[level]))]
-        if statement[0].islower() and sentence.endswith("."):
-            parts.append(f"{sentence[:-1]}, {statement}")
-        else:
-            parts.append(f"{sentence} {statement[0].upper()}{statement[1:]}")
-    return " ".join(parts)
-
-
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|approx|No|Jr|Sr)|\b[A-Za-z](?:\.[A-Za-z])*)\.$")
+ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|approx|No|Jr|Sr)|\b[A-Za-z](?:\.[A-Za-z])*)\.$")
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
     """Characters [start, end) of each sentence: a stop, and white space before a capital, a digit or a quotation mark."""
-    spans, start = [], 0
+    ends, start = [], 0
     for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z0-9]|\s*$)|\n+", text):
-        end = match.end()
-        if match.group() == "." and _ABBREVIATION.search(text[start:end]) and text[end:].strip():
-            continue
-        if text[start:end].strip():
-            spans.append((start + len(text[start:end]) - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())))
-        start = end
-    rest = text[start:]
-    if rest.strip():
-        spans.append((start + len(rest) - len(rest.lstrip()), start + len(rest.rstrip())))
+        abbreviated = match.group() == "." and ABBREVIATION.search(text[start : match.end()])
+        if not abbreviated or not text[match.end() :].strip():
+            start = match.end()
+            ends.append(start)
+    spans = []
+    for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
+        piece = text[start:end]
+        if piece.strip():
+            spans.append((start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())))
     return spans
 
 
-def parse(texts: Sequence[str], statements: bool = True) -> list[list[Step]]:
-    """Sentences of each response with their confidence statements, the inverse of `insert`.
-
-    A statement of the pool is recognised as it stands; another wording (a clause after the last comma, or a sentence after one
-    without a statement) counts where `statement_levels` finds a level for it. statements=False only splits the sentences."""
-    spans = [[(a, b) for a, b in split_sentences(t) if re.search(r"\w", t[a:b])] for t in texts]
-    if not statements:
-        return [[_bare_step(t, a, b) for a, b in s] for t, s in zip(texts, spans, strict=True)]
-    tails = [t[a:b].rpartition(", ")[2] for t, s in zip(texts, spans, strict=True) for a, b in s]
-    statement_levels(tails)  # all texts in one go; looked up below
-    parsed = []
-    for text, sentences in zip(texts, spans, strict=True):
-        steps: list[Step] = []
-        for start, end in sentences:
-            whole, cut, level = text[start:end], None, None
-            for comma in (m.start() for m in re.finditer(", ", whole) if re.search(r"\w", whole[: m.start()])):
-                if level is None and (level := _known_statements().get(_plain(whole[comma + 2 :]))):
-                    cut = comma
-            if level is None and ", " in whole and re.search(r"\w", whole.rpartition(", ")[0]):
-                cut, level = whole.rindex(", "), statement_levels([whole.rpartition(", ")[2]])[0]
-            may_follow = bool(steps) and steps[-1].level is None  # the sentence before has no statement yet
-            if may_follow and (_plain(whole) in _known_statements() or level is None) and (own := statement_levels([whole])[0]):
-                steps[-1].statement, steps[-1].level, steps[-1].stop = whole, own, end
-            elif level:
-                steps.append(Step(whole[:cut] + ".", start, start + cut, end, whole[cut + 2 :], level))
-            else:
-                steps.append(_bare_step(text, start, end))
-        parsed.append(steps)
-    return parsed
+def split_steps(text: str) -> list[Step]:
+    """The sentences of a response that hold a word, none with a statement."""
+    spans = [(start, end) for start, end in split_sentences(text) if re.search(r"\w", text[start:end])]
+    return [Step(text[a:b], a, a + len(text[a:b].rstrip(" .!?")), b) for a, b in spans]
 
 
-def _bare_step(text: str, start: int, end: int) -> Step:
-    return Step(text[start:end], start, start + len(text[start:end].rstrip(" .!?")), end)
-
-
-# Reverse mapping: where the cosine floor lies, and the support vector machine whose kernel on unit vectors is
-# exp(2 GAMMA (cosine - 1)). The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
+# Reverse mapping: below which cosine a text is no statement, and the support vector machine whose kernel on unit vectors is
+# exp(2 GAMMA (cosine - 1)). Chosen on paraphrases of the pool, apart from those of the tests: FLOOR lets one in ten of them go,
+# GAMMA and C are broad optima. The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
 FLOOR, GAMMA, C = 0.57, 2.0, 10.0
-statement_encoder = None  # all-MiniLM-L6-v2, for which these hold; --statement-encoder names another
-_CONCLUSION = re.compile(r"^(?:so |therefore |thus |hence )?the (?:correct |right |final )?(?:answer|choice|option) is ")
-_OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
+CONCLUSION = re.compile(r"^(?:so |therefore |thus |hence )?the (?:correct |right |final )?(?:answer|choice|option) is ")
+OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
+NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-statements writes
 
 
-def _statement_vectors(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
-    words, middle, sentence = sentence_encoder(statement_encoder, "cpu").layers(texts, (0, 4, -1))
-    return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
+class StatementReader:
+    """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping).
 
+    A statement of the pool has its own level. Any other wording is judged by its cosines to all statements, weighted by a support
+    vector machine fitted on the pool; a text whose largest cosine is below FLOOR, or that names an answer, is no statement. Two
+    additions to the paper: the means of the encoder's word embeddings and of its fourth layer join the sentence embedding (they
+    keep "not", "fully" and "fairly" apart), and every statement also votes without its opening "and", "but", ..., so that this
+    word alone decides little. FLOOR, GAMMA and C hold for all-MiniLM-L6-v2."""
 
-@functools.cache
-def _statement_vote():
-    """The vote fitted on the pool, and the floor's vectors of the pool with and without opening words (2 x 200, d)."""
-    from sklearn.svm import SVC
+    def __init__(self, encoder: str | None = None, device: str = "cpu"):
+        self.encoder = sentence_encoder(encoder, device)
+        self.pool = {plain(text): level for level, texts in load_statements().items() for text in texts}
+        self.seen: dict[str, int | None] = {}  # PPO meets the same wordings again and again
 
-    pool = {_plain(s): level for level, texts in load_statements().items() for s in texts}
-    vectors, meaning = _statement_vectors([*pool, *(_OPENING.sub("", s) for s in pool)])
-    return SVC(C=C, gamma=GAMMA).fit(vectors, [*pool.values()] * 2), meaning
+    def parse(self, texts: Sequence[str]) -> list[list[Step]]:
+        """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own
+        after one without a statement."""
+        split = [split_steps(text) for text in texts]
+        self.levels([step.text.rpartition(", ")[2] for sentences in split for step in sentences])  # in one go; looked up below
+        clauses = [[self._find_clause(step.text) for step in sentences] for sentences in split]
+        self.levels(
+            [step.text for i, found in enumerate(clauses) for step, (_, level) in zip(split[i], found, strict=True) if not level]
+        )
+        parsed = []
+        for sentences, found in zip(split, clauses, strict=True):
+            steps: list[Step] = []
+            for step, (comma, level) in zip(sentences, found, strict=True):
+                follows = bool(steps) and steps[-1].level is None
+                own = self.levels([step.text])[0] if follows and (level is None or plain(step.text) in self.pool) else None
+                if own:  # the statement of the sentence before
+                    steps[-1].statement, steps[-1].level, steps[-1].stop = step.text, own, step.stop
+                elif level:
+                    end = step.start + comma
+                    steps.append(Step(f"{step.text[:comma]}.", step.start, end, step.stop, step.text[comma + 2 :], level))
+                else:
+                    steps.append(step)
+            parsed.append(steps)
+        return parsed
 
+    def _find_clause(self, sentence: str) -> tuple[int | None, int | None]:
+        """Where the comma before a sentence's statement stands, and the level: the first clause that is in the pool (it may hold
+        commas of its own), else the last one if it is a statement in other words."""
+        commas = [m.start() for m in re.finditer(", ", sentence) if re.search(r"\w", sentence[: m.start()])]
+        for comma in commas:
+            if level := self._known(plain(sentence[comma + 2 :])):
+                return comma, level
+        if commas and (level := self.levels([sentence[commas[-1] + 2 :]])[0]):
+            return commas[-1], level
+        return None, None
 
-def statement_levels(texts: list[str]) -> list[int | None]:
-    """The level 1..5 of each wording, seen or not; None where it is no confidence statement (sec. 3.1.2, reverse mapping).
+    def levels(self, texts: Sequence[str]) -> list[int | None]:
+        """The level 1..5 of each wording, seen or not; None where it is no confidence statement."""
+        wordings = [plain(text) for text in texts]
+        new = {w for w in wordings if w and w not in self.seen and not self._known(w)}
+        for chunk in chunks(sorted(new, key=lambda w: (len(w), w)), 256):
+            vote, pool = self._vote
+            _, meaning = self._vectors([OPENING.sub("", w) for w in chunk])
+            near = (meaning @ pool.T).max(1) >= FLOOR
+            for wording, level, ok in zip(chunk, vote.predict(self._vectors(chunk)[0]), near, strict=True):
+                self.seen[wording] = int(level) if ok and not CONCLUSION.match(wording) else None
+        return [self._known(w) or self.seen.get(w) for w in wordings]
 
-    A statement of the pool has its own level. Otherwise the cosines to all statements vote, with weights fitted on the pool; a text
-    whose largest cosine is below FLOOR, or that names an answer, is no statement. Two additions to the paper: the means of the
-    encoder's word embeddings and of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and
-    every statement also votes without its opening "and", "but", ..., so that this word alone decides little."""
-    plain, known = [_plain(text) for text in texts], _known_statements()
-    new = sorted({t for t in plain if t and t not in known and t not in _levels_seen}, key=len)
-    for chunk in chunks(new, 256):
-        vote, pool = _statement_vote()
-        near = (_statement_vectors([_OPENING.sub("", t) for t in chunk])[1] @ pool.T).max(1) >= FLOOR
-        levels = vote.predict(_statement_vectors(chunk)[0])
-        for text, level, ok in zip(chunk, levels, near, strict=True):
-            _levels_seen[text] = int(level) if ok and not _CONCLUSION.match(text) else None
-    return [known.get(t, _levels_seen.get(t)) for t in plain]
+    def _known(self, wording: str) -> int | None:
+        number = NUMBER.fullmatch(wording)
+        return int(number[1]) if number else self.pool.get(wording)
 
+    def _vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
+        words, middle, sentence = self.encoder.layers(texts, (0, 4, -1))
+        return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
 
-_levels_seen: dict[str, int | None] = {}  # PPO sees the same wordings again and again
+    @functools.cached_property
+    def _vote(self):
+        """The vote fitted on the pool, and the floor's vectors of the pool with and without opening words (2 x 200, d)."""
+        vectors, meaning = self._vectors([*self.pool, *(OPENING.sub("", text) for text in self.pool)])
+        return SVC(C=C, gamma=GAMMA).fit(vectors, [*self.pool.values()] * 2), meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------- matching
-
-
 class Matcher:
     """Tells which generated sentences say the same as which reference sentences, for many responses at once.
 
@@ -1452,45 +1325,45 @@ class Matcher:
 
     def __call__(self, generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Sentences of n responses and of their n reference chains -> n arrays, bool (generated, reference)."""
-        pairs = [(_plain(g), _plain(r)) for gs, rs in zip(generated, references, strict=True) for g in gs for r in rs]
-        matched = np.array([g == r for g, r in pairs]) if self.similarity is None else self.similarity(pairs) >= self.threshold
-        shapes = [(len(g), len(r)) for g, r in zip(generated, references, strict=True)]
-        parts = np.split(matched.astype(bool), np.cumsum([g * r for g, r in shapes])[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        pairs = [[(plain(a), plain(b)) for a in said for b in facts] for said, facts in zip(generated, references, strict=True)]
+        if self.similarity:
+            self.similarity([pair for part in pairs for pair in part])  # in one go; looked up below
+        matched = []
+        for part, said, facts in zip(pairs, generated, references, strict=True):
+            scores = self.similarity(part) if self.similarity else np.array([a == b for a, b in part], dtype=float)
+            matched.append((scores >= self.threshold).reshape(len(said), len(facts)))
+        return matched
 
 
-_ANSWER = re.compile(r".*\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]*?)?(?:\s+(?:is|was|would be|"
-                     r"should be|must be)\b(?:\s+that\b)?\s*:?|\s*:)\s*(.+)", re.IGNORECASE | re.DOTALL)  # fmt: skip
-_LETTER = re.compile(r"^(?:(?:option|choice) )?([A-Z])(?:\s*[).:,-](?:\s|$)|$)|(?<!\w)\(([A-Z])\)", re.IGNORECASE)
+ANSWER = re.compile(
+    r".*\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]*?)?"
+    r"(?:\s+(?:is|was|would be|should be|must be)\b(?:\s+that\b)?\s*:?|\s*:)\s*(.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+LETTER = re.compile(r"^(?:(?:option|choice) )?([A-Z])(?:\s*[).:,-](?:\s|$)|$)|(?<!\w)\(([A-Z])\)", re.IGNORECASE)
 
 
 def extract_answer(sentences: Sequence[str], choices: Sequence[str] | None = None) -> str | None:
     """The answer that the last sentence of a chain names: "So, the answer is 8." -> "8". With choices: the one that it names by its
     text, by its letter ("(B)", "B", "B. dog"), or alone inside the sentence; else the words after "answer is"."""
-    match = _ANSWER.match(sentences[-1]) if sentences else None
-    found = match and (match.group(1).strip(" \n'\"*“”‘’").rstrip(" .!?'\"*”’") or None)
-    if not choices or not sentences:
+    if not sentences:
+        return None
+    match = ANSWER.match(sentences[-1])
+    found = match and (match[1].strip(" \n'\"*“”‘’").rstrip(" .!?'\"*”’") or None)
+    if not choices:
         return found
-    text, names = found or sentences[-1], [_bare(choice) for choice in choices]
-    if _bare(text) in names:
-        return choices[names.index(_bare(text))]
-    if (letter := _LETTER.search(text)) and (index := ord(letter[letter.lastindex].upper()) - ord("A")) < len(choices):
+    text, names = found or sentences[-1], [bare(choice) for choice in choices]
+    if bare(text) in names:
+        return choices[names.index(bare(text))]
+    letter = LETTER.search(text)
+    if letter and (index := ord((letter[1] or letter[2]).upper()) - ord("A")) < len(choices):
         return choices[index]
-    said = re.split(r"\b(?:not|rather than|instead of)\b", _bare(text))[0]
-    inside = {n for n in names if n and re.search(rf"(?<![\w'-]){re.escape(n)}(?![\w'-])", said)}
-    inside = [n for n in inside if not any(n in other for other in inside - {n})]  # "ice" of "ice cream"
+    said = re.split(r"\b(?:not|rather than|instead of)\b", bare(text))[0]
+    inside = {name for name in names if name and re.search(rf"(?<![\w'-]){re.escape(name)}(?![\w'-])", said)}
+    inside = [name for name in inside if not any(name in other for other in inside - {name})]  # "ice" of "ice cream"
     return choices[names.index(inside[0])] if len(inside) == 1 else found
 
 
-def _bare(text: str) -> str:
-    """_plain without quotation marks and a leading article: how answers are compared."""
-    return re.sub(r"^(?:an?|the) ", "", " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", _plain(text)).split()))
-
-
-def same_answer(prediction: str | None, answer: str) -> bool:
-    return prediction is not None and _bare(prediction) == _bare(answer)
-
-
-def direct_answer_score(prediction: str | None, answers: Sequence[str]) -> float:
-    """A-OKVQA's direct-answer score, min(1, matches / 3) over its ten answers; with fewer answers one match is enough."""
-    return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
+def bare(text: str) -> str:
+    """`plain` without quotation marks and a leading article: how answers are compared."""
+    return re.sub(r"^(?:an?|the) ", "", " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", plain(text)).split()))

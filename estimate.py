@@ -11,7 +11,8 @@ Writes to --out: responses.jsonl (one question a line, its sentences with their 
 Choices beyond the paper
  1. A sentence is `correct` when it matches a sentence of the reference chain; this is recorded for the summary only, the
     levels never see it.
- 2. Sampling is seeded batch by batch, so that an interrupted run continues with what it would have drawn.
+ 2. Sampling is seeded batch by batch, so that an interrupted run continues with what it would have drawn, and so that several
+    processes (`accelerate launch estimate.py ...`) draw what one would.
  3. --annotate (stage 0, App. C and G): an unusable answer goes back once with what is wrong with it, then its question is left out;
     the same command again asks for what was left out.
 
@@ -19,7 +20,6 @@ Choices beyond the paper
     python estimate.py --weights 1 1 1 0              # the ablation w/o U_CLIPScore
     python estimate.py --fuse max                     # the ablation w U_Max
     python estimate.py --levels uniform               # uniform intervals (UIC, Table 7)
-    python estimate.py --data aokvqa --shard 0/2 --out e0 (and 1/2, e1), then estimate.py --data aokvqa --merge e0 e1
     python estimate.py --data aokvqa --annotate gpt-4o --out chains    # reference chains (OPENAI_BASE_URL, OPENAI_API_KEY)
     python estimate.py --responses chains.jsonl       # measure given responses (id, image, question, response), no generation
 """
@@ -27,172 +27,392 @@ Choices beyond the paper
 import argparse
 import asyncio
 import base64
+import functools
 import importlib.util
 import json
 import mimetypes
 import os
 import re
 from collections import Counter
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
-import common as c
+import common
+from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, Kind
 
-# What is left out on the command line: (digits, other data)
-DEFAULTS = {
-    "model": (None, "llava-hf/llava-v1.6-vicuna-7b-hf"), "clip": (None, "ViT-L-14-336/openai"),
-    "matcher": c.MATCHER, "limit": (3000, None), "max_new_tokens": (64, 256), "batch_size": (250, 8),
-}  # fmt: skip
+FLAGS = {
+    "data": {
+        "data": (("digits", *PUBLISHED), "digits", "data set; its training split is answered"),
+        "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the Hugging Face hub)"),
+        "responses": (TEXT, None, "measure the responses of a .jsonl file (id, image, question, response), generate nothing"),
+        "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
+        "limit": (COUNT, 3000, None, "number of questions"),
+        "noise_scale": (POSITIVE, 1.0, "digits: multiplies the noise of every image"),
+        "cache": (TEXT, "cache", "where the digits world keeps its models and images"),
+    },
+    "model": {
+        "model": (TEXT, None, "llava-hf/llava-v1.6-vicuna-7b-hf", "vision-language model, hub name or folder"),
+        "clip": (TEXT, None, "ViT-L-14-336/openai", "open_clip model NAME/TAG, or folder"),
+        "matcher": (TEXT, "exact", common.CROSS_ENCODER, "what tells right sentences: exact, or a cross-encoder model"),
+        "similarity": (TEXT, None, "g of TokenSAR: a sentence encoder or cross-encoder (default: all-MiniLM-L6-v2)"),
+        "statement_encoder": (TEXT, None, "sentence encoder that maps statements to levels (default: all-MiniLM-L6-v2)"),
+        "temperature": (NOT_NEGATIVE, 0.1, "of sampling (App. B)"),
+        "max_new_tokens": (COUNT, 64, 256, "longest response"),
+        "batch_size": (COUNT, 250, 8, "questions a batch"),
+    },
+    "confidence": {
+        "weights": (Kind(float, NOT_NEGATIVE.allowed, NOT_NEGATIVE.rule, 4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
+        "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
+        "levels": (("sigma", "uniform"), "sigma", "cuts: mu and sigma, or fifths"),
+    },
+    "reference chains": {
+        "annotate": (TEXT, None, "only write reference chains, with this model at OPENAI_BASE_URL"),
+        "concurrency": (COUNT, 8, "requests at the same time"),
+        "price": (
+            Kind(float, NOT_NEGATIVE.allowed, NOT_NEGATIVE.rule, 2),
+            None,
+            "of a million tokens in and out, to print the cost",
+        ),
+    },
+    "run": {"out": (TEXT, "estimate", "folder to write"), **RUN_FLAGS},
+}
 
-PROMPT = """You get an image, a question about it and the correct answer. {task}
-Reply with one JSON object and nothing else, as in this example:
-Image: (a bicycle with a flat rear tyre leans on a railing, a hand pump lies beside it)\nQuestion: What must the rider do first?
-Answer: inflate tyre\n{draft}Reply: {{"image": ["The rear tyre of the bicycle is flat.", "A hand pump lies beside it."], \
-"reasoning": ["Riding needs tyres full of air.", "A hand pump inflates tyres.", "So, the answer is inflate tyre."]}}
-Now the image above.\nQuestion: {question}\nAnswer: {answer}\n{more}"""
-ANNOTATE = {"draft": "", "task": """Write the chain of reasoning from the image to the answer in two parts: "image", the visual \
-elements that matter most to question and answer; "reasoning", what follows from them until it is clear why the answer is correct, \
-ending with "So, the answer is ...". Each sentence is short, holds one piece of knowledge and builds on those before. Say all \
-that is needed, and nothing that is repeated or beside the point."""}
-REFINE = {"draft": """Chain: {"image": ["The rear tyre of the bicycle, a black one, is flat.", "The railing is green.", "A hand \
-pump lies beside it."], "reasoning": ["Riding needs tyres full of air.", "A hand pump, quite cheap, inflates tyres.", "So, the \
-answer is inflate tyre."]}\n""", "task": """Improve the chain of reasoning that follows the answer: correct what is wrong, drop \
-each sentence that the answer does not need, cut the others to the essential; "So, the answer is ..." stays last."""}
-REPAIR = 'This cannot be used: {}. Reply with the whole JSON object {{"image": [...], "reasoning": [...]}} again and nothing else.'
-RETRIES, TIMEOUT, STOP_AFTER = 8, 120.0, 8  # the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
-_REFUSAL = re.compile(r"\W*((I'm|I am) )?(very |so )?sorry\b|\W*(I|we) (can't|cannot|won't|(am|are) (un|not )able)", re.I)
 
-
-def shard(text: str) -> tuple[int, int]:
-    """ "1/4" -> (1, 4)."""
-    index, count = map(int, text.split("/"))
-    if not 0 <= index < count:
-        raise ValueError
-    return index, count
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = c.Parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=["digits", *c.PUBLISHED], default="digits", help="data set; its training split is answered")
-    data.add_argument("--data-dir", help="folder with the published annotations and the images (default: the Hugging Face hub)")
-    data.add_argument("--responses", metavar="FILE", help="score the responses of a .jsonl file (id, image, question, response) "
-                      "instead of generating them")  # fmt: skip
-    data.add_argument("--shard", type=shard, metavar="I/N", help="answer only every N-th question, from the I-th (0 to N - 1)")
-    data.add_argument("--merge", nargs="+", metavar="FOLDER", help="join such runs, in the order of I, and find their levels")
-    data.add_argument("--allow-bad-records", action="store_true", help="go on when more than a fifth of the records is unusable")
-    data.add_argument("--limit", type=int, help="number of questions (digits: 3000; other data: all)")
-    data.add_argument("--noise-scale", type=float, default=1.0, help="digits: multiplies the noise of every image (default: 1)")
-    data.add_argument("--cache", default="cache", help="where the digits world keeps its models and images (default: cache/)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="vision-language model, hub name or folder (the digits world's own / LLaVA-NeXT 7B)")
-    model.add_argument("--clip", help="open_clip model NAME/TAG or folder (the digits world's own / ViT-L-14-336/openai)")
-    model.add_argument("--matcher", help="exact, or a cross-encoder model (exact / cross-encoder/stsb-roberta-large)")
-    model.add_argument("--similarity", help="g of TokenSAR: a sentence encoder or cross-encoder (default: all-MiniLM-L6-v2)")
-    model.add_argument("--statement-encoder", help="sentence encoder that maps statements to levels (default: all-MiniLM-L6-v2)")
-    model.add_argument("--temperature", type=float, default=0.1, help="of sampling (default: %(default)s, App. B)")
-    model.add_argument("--max-new-tokens", type=int, help="longest response (64 / 256)")
-    model.add_argument("--batch-size", type=int, help="questions a batch (250 / 8)")
-    confidence = parser.add_argument_group("confidence")
-    names = ("LNLP", "MTE", "TOKENSAR", "CLIP")
-    confidence.add_argument("--weights", type=float, nargs=4, metavar=names, default=[0.25] * 4,
-                            help="w_0..w_3 of eq. 7, scaled to sum 1; 0 leaves an estimator out (default: 0.25 each)")  # fmt: skip
-    confidence.add_argument("--fuse", choices=["mean", "max"], default="mean", help="weighted mean (eq. 7) or largest")
-    confidence.add_argument("--levels", choices=["sigma", "uniform"], default="sigma", help="cuts: mu and sigma, or fifths")
-    chains = parser.add_argument_group("reference chains")
-    chains.add_argument("--annotate", metavar="MODEL", help="only write reference chains, with a model at OPENAI_BASE_URL")
-    chains.add_argument("--concurrency", type=int, default=8, help="requests at the same time (default: %(default)s)")
-    chains.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, to print the cost")
-    c.add_run_arguments(parser.add_argument_group("run"), out="estimate")
-    args = parser.parse_args(argv)
-    problems = c.positive(args, "limit", "noise_scale", "max_new_tokens", "batch_size")
-    if args.temperature < 0:
-        problems.append("--temperature must not be negative")
-    if min(args.weights) < 0 or sum(args.weights) == 0:
-        problems.append("--weights must not be negative, nor all 0")
+def find_problems(args: argparse.Namespace) -> list[str]:
+    problems = ["--weights must not be all 0"] * (not any(args.weights))
     if args.responses and not Path(args.responses).is_file():
         problems.append(f"no such file: {args.responses}")
-    if args.annotate:
-        problems += annotate_problems(args)
-    c.usage_error(*problems)
-    return args
+    if args.annotate and not importlib.util.find_spec("openai"):
+        problems.append("--annotate needs the package openai")
+    for name, form in (("OPENAI_BASE_URL", r"https?://[^/\s]\S*"), ("OPENAI_API_KEY", r"[!-~]+")):  # else an error shows the key
+        if args.annotate and not re.fullmatch(form, os.environ.get(name, "")):
+            problems.append(f"--annotate needs {'an http(s) address' if 'URL' in name else 'a key'} in {name}")
+    return problems
 
 
-def respond(model, processor, records, clip, similarity, matcher, args) -> list[dict]:
+parse_args = functools.partial(common.parse_flags, __doc__, FLAGS, check=find_problems)
+
+# ------------------------------------------------------------------------------------------------------- the digits world
+# A vision-language model and a CLIP model that never leave the machine, trained on the base pool of scans at first use.
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# Share of misread sentences in the base model's training chains: enough for doubt about a digit to show in later steps too, and
+# few enough for the chains to be learned.
+MISREAD = 0.35
+
+
+def build_digits_processor():
+    """A LLaVA processor whose tokenizer is trained on every sentence that the world and the statements can hold."""
+    chains = [common.digit_chain(family, a, b) for family in FAMILIES for a in range(10) for b in range(10)]
+    corpus = [" ".join(chain["image"] + chain["reasoning"]) for chain in chains]
+    statements = [text for texts in common.load_statements().values() for text in texts]
+    statements += [f"with confidence {level} of {common.N_LEVELS}." for level in range(1, common.N_LEVELS + 1)]
+    corpus += [f"The left digit is 3, {text} {text}" for text in statements]
+    corpus += [f"USER: {question} ASSISTANT:" for question in FAMILIES.values()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>", "<image>"]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
+
+
+def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab_size: int | None = None):
+    """A LlavaForConditionalGeneration, randomly initialised; about one million parameters as it stands."""
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2, "num_hidden_layers": layers}
+    tokens = {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **tokens)
+    features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": processor.image_token_id}
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
+    return LlavaForConditionalGeneration(config)
+
+
+def build_digits_clip(folder: Path):
+    """A tiny open_clip model in a folder from which `open_clip.create_model_and_transforms("local-dir:...")` loads it."""
+    vision = {"image_size": 16, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [16, 16]}
+    config = {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_json(folder / "open_clip_config.json", config)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", load_weights=False)
+    model.token_embedding.requires_grad_(False)  # random vectors tell 60 words apart, and 3M weights need no optimizer
+    return model, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
+    weights = {
+        "embeddings.class_embedding": visual.class_embedding,
+        "embeddings.patch_embedding.weight": visual.conv1.weight,
+        "embeddings.position_embedding.weight": visual.positional_embedding,
+    }
+    modules = {"pre_layrnorm": visual.ln_pre, "post_layernorm": visual.ln_post}
+    for i, block in enumerate(visual.transformer.resblocks):
+        layer = f"encoder.layers.{i}."
+        modules |= {f"{layer}layer_norm1": block.ln_1, f"{layer}layer_norm2": block.ln_2, f"{layer}mlp.fc1": block.mlp.c_fc}
+        modules |= {f"{layer}mlp.fc2": block.mlp.c_proj, f"{layer}self_attn.out_proj": block.attn.out_proj}
+        for name in ("weight", "bias"):
+            for key, part in zip("qkv", getattr(block.attn, f"in_proj_{name}").chunk(3), strict=True):
+                weights[f"{layer}self_attn.{key}_proj.{name}"] = part
+    return weights | {f"{name}.{k}": v for name, module in modules.items() for k, v in module.named_parameters()}
+
+
+def train_on_digits(
+    trained: list,
+    loss_of: Callable,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    noise_scale: float,
+    desc: str,
+    clear: int = 0,
+) -> None:
+    """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss.
+
+    The first `clear` steps draw clear images only: learning under full noise hardly starts."""
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = np.random.default_rng([seed, *desc.encode()])
+    bar = tqdm(range(steps), desc=desc, leave=False)
+    for step in bar:
+        noise = 0.2 if step < clear else None
+        questions = [common.draw_digits(rng, "base", noise, noise_scale) for _ in range(batch_size)]
+        common.set_learning_rate(optimizer, lr, step, steps, 0.1)
+        loss = loss_of(*zip(*questions, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[int, int] = (400, 300)) -> None:
+    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which caption
+    (image-level sentence; captions say what is there to see) is true of which image. Many captions of a batch are true of many of
+    its images, so that the pairs are judged one by one (the sigmoid loss of SigLIP, Zhai et al. 2023), not by a softmax."""
+    torch.manual_seed(seed)
+    model, tokenizer = build_digits_clip(folder)
+    head = torch.nn.Linear(64, 20)
+    scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
+    tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
+
+    def encode_images(images: Sequence[np.ndarray]) -> Tensor:
+        return model.encode_image(torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1)
+
+    def reading_loss(images, records) -> Tensor:
+        labels = torch.tensor([[int(sentence[-2]) for sentence in record["reference"]["image"]] for record in records])
+        return F.cross_entropy(head(encode_images(images)).view(-1, 10), labels.view(-1))
+
+    def pairing_loss(images, records) -> Tensor:
+        truths = [record["reference"]["image"] for record in records]
+        captions = list(dict.fromkeys(sentence for truth in truths for sentence in truth))
+        target = torch.tensor([[float(caption in truth) for caption in captions] for truth in truths])  # (images, captions)
+        v = F.normalize(encode_images(images), dim=-1)
+        s = F.normalize(model.encode_text(torch.stack([tokens(caption) for caption in captions])), dim=-1)
+        return F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
+
+    tower = [*model.visual.parameters(), *head.parameters()]
+    train_on_digits(tower, reading_loss, steps[0], 256, 2e-3, seed, noise_scale, "digits vision", clear=steps[0] * 2 // 3)
+    both = [scale, bias, *(p for p in model.parameters() if p.requires_grad)]
+    train_on_digits(both, pairing_loss, steps[1], 128, 3e-3, seed, noise_scale, "digits CLIP")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Token ids of a reference chain in which every sentence but the last may be that of two other digits (MISREAD), and the
+    positions of such sentences' tokens, which are read and not learned: what is said before may be wrong, look at the image."""
+    family = next(name for name, question in FAMILIES.items() if question == record["question"])
+    ids, wrong = [], []
+    for i, sentence in enumerate(common.reference_chain(record)):
+        other = i < 3 and rng.random() < MISREAD
+        if other:
+            sentence = common.reference_chain({"reference": common.digit_chain(family, *rng.integers(10, size=2))})[i]
+        tokens = tokenizer(" " * (i > 0) + sentence)["input_ids"]
+        wrong += range(len(ids), len(ids) + len(tokens)) if other else []
+        ids += tokens
+    return [*ids, tokenizer.eos_token_id], wrong
+
+
+def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
+    """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model (as in
+    LLaVA), stopped while it is still imperfect. Chains are partly misread, so that doubt about a digit shows in later steps too."""
+    torch.manual_seed(seed)
+    processor = build_digits_processor()
+    model = build_digits_model(processor)
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder.with_name('clip')}")
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)  # transformers 5.0 has a module more
+    tower.load_state_dict(to_llava_vision(clip.visual))
+    model.model.vision_tower.requires_grad_(False)
+    vlm, rng = common.make_vlm(model, processor), np.random.default_rng(seed)
+
+    def loss_of(images, records) -> Tensor:
+        ids, wrong = zip(*(misread(record, processor.tokenizer, rng) for record in records), strict=True)
+        records = [record | {"image": common.to_image(image)} for record, image in zip(records, images, strict=True)]
+        batch = common.collate(vlm, records, ids)
+        for row, positions in enumerate(wrong):
+            batch.mask[row, positions] = False
+        return common.sft_loss(vlm, batch)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    train_on_digits(trained, loss_of, steps, 64, 3e-3, seed, noise_scale, "digits base model", clear=steps // 2)
+    common.save_model(vlm, folder)
+
+
+def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, str]:
+    """Where the digits world keeps its vision-language model and its CLIP model."""
+    return {name: str(Path(cache) / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
+
+
+def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
+    """Build and train the world's two models where one of them is `needed` and that has not been done yet."""
+    paths = digits_paths(args.cache, args.seed, args.noise_scale)
+    for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
+        if set(paths.values()) & set(needed):  # the model is built from the image tower of CLIP
+            folder = Path(paths[name])
+            if not (folder / "done").exists():
+                train(folder, args.seed, args.noise_scale)
+                common.write_text(folder / "done", "")
+
+
+# ---------------------------------------------------------------------------------------------------- internal confidence
+def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argparse.Namespace, seed: int) -> list[dict]:
     """Answer a batch of questions and measure every sentence: the lines of responses.jsonl, without `u` and `level`."""
-    if args.responses:
-        generations = c.score(model, processor, records, [r["response"] for r in records])
-    else:
-        generations = c.generate(model, processor, records, args.temperature, args.max_new_tokens, args.batch_seed)
-    steps = c.parse([g.text for g in generations], statements=False)
-    raw = c.uncertainties(records, generations, steps, clip, similarity)
-    matched = matcher([[s.text for s in found] for found in steps], [c.chain(r) for r in records])
+    with common.images_encoded_once(vlm), torch.no_grad():
+        prompts = common.collate(vlm, records)
+        if args.responses:
+            ids = common.response_ids(vlm, [record["response"] for record in records])
+        else:
+            ids = common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
+        logprob, entropy, _ = common.response_statistics(vlm, common.add_responses(vlm, prompts, ids))
+    responses = [common.read_response(vlm.tokenizer, tokens) for tokens in ids]
+    steps = [common.split_steps(response.text) for response in responses]
+    raw = common.uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
+    matched = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records)))
     lines = []
-    for record, generation, sentence_steps, values, rows in zip(records, generations, steps, raw, matched, strict=True):
-        sentences = [
-            {"text": s.text, "start": s.start, "end": s.end, "n_tokens": len(c.step_tokens(generation.offsets, s.start, s.end))}
-            | dict(zip(c.ESTIMATORS, map(float, u), strict=True))
-            | {"correct": bool(ok) if rows.size else None}
-            for s, u, ok in zip(sentence_steps, values, rows.any(1), strict=True)
-        ]
-        lines.append(record | {"response": generation.text, "sentences": sentences})
+    for row, record in enumerate(records):
+        sentences = []
+        for step, values, matches in zip(steps[row], raw[row], matched[row], strict=True):
+            n_tokens = len(common.step_tokens(responses[row].offsets, step.start, step.end))
+            sentence = {"text": step.text, "start": step.start, "end": step.end, "n_tokens": n_tokens}
+            sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
+            sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
+        lines.append(record | {"response": responses[row].text, "sentences": sentences})
     return lines
 
 
-def assign_levels(lines: list[dict], args) -> dict:
+def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
-    sentences = [s for line in lines for s in line["sentences"]]
-    raw = np.array([[s[name] for name in c.ESTIMATORS] for s in sentences])
-    confidence = c.fit_confidence(raw, args.weights, args.fuse, args.levels)
-    u = c.fuse(raw, confidence)
-    for sentence, value, level in zip(sentences, u, c.to_level(u, confidence), strict=True):
+    sentences = [sentence for line in lines for sentence in line["sentences"]]
+    raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
+    confidence = fit_confidence(raw, args.weights, args.fuse, args.levels)
+    u = common.fuse(raw, confidence)
+    for sentence, value, level in zip(sentences, u, common.to_level(u, confidence), strict=True):
         sentence["u"], sentence["level"] = float(value), int(level)
     return confidence
 
 
-def summarize(lines: list[dict], confidence: dict, path: Path) -> None:
-    """Print how well each uncertainty tells wrong sentences from right ones, and draw U_Final with its cuts."""
-    sentences = [s for line in lines for s in line["sentences"]]
-    parts = ["image" if i < len(x["reference"]["image"]) else "reasoning" for x in lines for i in range(len(x["sentences"]))]
-    part = np.array(parts)
-    wrong = np.array([not s["correct"] for s in sentences])
+def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma") -> dict:
+    """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
+    confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
+    confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
+    u = common.fuse(raw, confidence)
+    mean, std = float(u.mean()), float(u.std())
+    sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
+    return confidence | {"mean": mean, "std": std, "edges": sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]}
+
+
+def summarize(lines: list[dict]) -> None:
+    """Print how well each uncertainty tells wrong sentences from right ones, and what the levels hold."""
+    parts, sentences = [], [sentence for line in lines for sentence in line["sentences"]]
+    for line in lines:
+        parts += ["image" if i < len(line["reference"]["image"]) else "reasoning" for i in range(len(line["sentences"]))]
+    wrong, part = np.array([not sentence["correct"] for sentence in sentences]), np.array(parts)
     print(f"\n{len(lines)} questions, {len(sentences)} sentences, {1 - wrong.mean():.3f} of them match a reference chain")
     print("AUROC (wrong against right)      all   image  reasoning")
-    for name in (*c.ESTIMATORS, "u"):
-        values, row = np.array([s[name] for s in sentences]), []
+    for name in (*ESTIMATORS, "u"):
+        values, cells = np.array([sentence[name] for sentence in sentences]), []
         for rows in (part != "", part == "image", part == "reasoning"):
             mixed = 0 < wrong[rows].sum() < rows.sum()
-            row.append(f"{roc_auc_score(wrong[rows], values[rows]):.3f}" if mixed else "  -  ")
-        print(f"  {'U_Final' if name == 'u' else name:28s} {row[0]}   {row[1]}   {row[2]}")
-    levels = np.array([s["level"] for s in sentences])
-    for level in range(5, 0, -1):
-        share = (levels == level).mean()
-        right = f"{1 - wrong[levels == level].mean():.2f} correct" if share else "empty"
-        print(f"  level {level}: {share:6.1%} of the sentences, {right}")
+            cells.append(f"{roc_auc_score(wrong[rows], values[rows]):.3f}" if mixed else "  -  ")
+        print(f"  {'U_Final' if name == 'u' else name:28s} {'   '.join(cells)}")
+    levels = np.array([sentence["level"] for sentence in sentences])
+    for level in range(common.N_LEVELS, 0, -1):
+        right = f"{1 - wrong[levels == level].mean():.2f} correct" if level in levels else "empty"
+        print(f"  level {level}: {(levels == level).mean():6.1%} of the sentences, {right}")
+
+
+def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
+    """U_Final of right and wrong sentences with its cuts."""
+    sentences = [sentence for line in lines for sentence in line["sentences"]]
+    right, wrong = ([sentence["u"] for sentence in sentences if bool(sentence["correct"]) is ok] for ok in (True, False))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    u = np.array([s["u"] for s in sentences])
-    axis.hist([u[~wrong], u[wrong]], bins=50, stacked=True, color=["#4477aa", "#ee6677"], label=["right", "wrong"])
+    axis.hist([right, wrong], bins=50, stacked=True, color=["#4477aa", "#ee6677"], label=["right", "wrong"])
     for edge in confidence["edges"]:
         axis.axvline(edge, color="black", linestyle="--", linewidth=1)
     axis.set(xlabel="$U_{Final}$ (0 = certain); dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences")
     axis.set(yscale="log", xlim=(0, 1))
     axis.legend()
-    figure.savefig(path, dpi=120)
+    common.save_figure(path, figure)
 
 
-def annotate_problems(args: argparse.Namespace) -> list[str]:
-    """What keeps --annotate from starting."""
-    problems = c.positive(args, "concurrency") + ["--price must not be negative"] * (min(args.price or [0]) < 0)
-    for name, form in (("OPENAI_BASE_URL", r"https?://[^/\s]\S*"), ("OPENAI_API_KEY", r"[!-~]+")):  # else an error shows the key
-        if not re.fullmatch(form, os.environ.get(name, "")):
-            problems.append(f"--annotate needs {'an http(s) address' if 'URL' in name else 'a key'} in {name}")
-    return problems + ["--annotate needs the package openai"] * (importlib.util.find_spec("openai") is None)
+# ------------------------------------------------------------------------------------------------------- reference chains
+
+ANNOTATION_PROMPT = """You get an image, a question about it and the correct answer. {task}
+Reply with one JSON object and nothing else, as in this example:
+Image: (a bicycle with a flat rear tyre leans on a railing, a hand pump lies beside it)\nQuestion: What must the rider do first?
+Answer: inflate tyre\n{draft}Reply: {{"image": ["The rear tyre of the bicycle is flat.", "A hand pump lies beside it."], \
+"reasoning": ["Riding needs tyres full of air.", "A hand pump inflates tyres.", "So, the answer is inflate tyre."]}}
+Now the image above.\nQuestion: {question}\nAnswer: {answer}\n{more}"""
+ANNOTATE = {
+    "draft": "",
+    "task": """Write the chain of reasoning from the image to the answer in two parts: "image", the visual \
+elements that matter most to question and answer; "reasoning", what follows from them until it is clear why the answer is correct, \
+ending with "So, the answer is ...". Each sentence is short, holds one piece of knowledge and builds on those before. Say all \
+that is needed, and nothing that is repeated or beside the point.""",
+}
+REFINE = {
+    "draft": """Chain: {"image": ["The rear tyre of the bicycle, a black one, is flat.", "The railing is green.", "A hand \
+pump lies beside it."], "reasoning": ["Riding needs tyres full of air.", "A hand pump, quite cheap, inflates tyres.", "So, the \
+answer is inflate tyre."]}\n""",
+    "task": """Improve the chain of reasoning that follows the answer: correct what is wrong, drop \
+each sentence that the answer does not need, cut the others to the essential; "So, the answer is ..." stays last.""",
+}
+REPAIR = 'This cannot be used: {}. Reply with the whole JSON object {{"image": [...], "reasoning": [...]}} again and nothing else.'
+RETRIES, TIMEOUT, STOP_AFTER = 8, 120.0, 8  # the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
+REFUSAL = re.compile(r"\W*((I'm|I am) )?(very |so )?sorry\b|\W*(I|we) (can't|cannot|won't|(am|are) (un|not )able)", re.I)
 
 
 def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
@@ -206,148 +426,150 @@ def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
     for part, found in value.items():
         if not isinstance(found, list) or not found or not all(isinstance(s, str) and re.search(r"\w", s) for s in found):
             raise ValueError(f"{part} is not a list of sentences")
-        value[part] = c.tidy(found)
-    named = c._plain(answer)
-    if not any(f" {named} " in f" {c._plain(s)} " if named else answer in s for s in value["reasoning"]):
+        value[part] = common.tidy(found)
+    named = common.plain(answer)
+    if not any(f" {named} " in f" {common.plain(s)} " if named else answer in s for s in value["reasoning"]):
         raise ValueError("no reasoning sentence names the answer", repr(answer))
     return value
 
 
-async def annotate_all(records: list[dict], path: Path, args: argparse.Namespace, tally: Counter) -> None:
-    """Append each record's row to `path` as soon as both passes are done; `tally` counts what was used and left out."""
-    import openai
+class Annotator:
+    """Asks a model at OPENAI_BASE_URL for chains; `tally` counts requests, tokens and what was left out, by reason."""
 
-    async def count(_) -> None:
-        tally["requests"] += 1  # retries too
+    def __init__(self, args: argparse.Namespace):
+        import openai
 
-    async def ask(messages: list[dict]) -> str:
-        try:
-            completion = await client.chat.completions.create(model=args.annotate, messages=messages)
-            choice, usage = completion.choices[0], completion.usage
-            text, refused = str(choice.message.content), choice.message.refusal or choice.finish_reason == "content_filter"
-        except (openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:  # the last four: another protocol
-            failures.append(error)
-            if len(failures) >= STOP_AFTER or isinstance(error, (openai.AuthenticationError, openai.NotFoundError)):
-                c.usage_error(" ".join(f"gave up: {error}".replace(client.api_key, "...").split())[:300])
-            raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
-        failures.clear()
-        tally.update({n: getattr(usage, n, 0) or 0 for n in ("prompt_tokens", "completion_tokens")})
-        if refused or ("{" not in text and _REFUSAL.match(text.replace("\u2019", "'"))):
-            raise ValueError("refusal")
-        return text
+        self.openai, self.args, self.tally, self.failures = openai, args, Counter(), 0
 
-    async def find_row(record: dict) -> dict:
-        image, answer, given, parts = Path(record["image"]), record["answer"], record["reference"], []
+        async def count(_) -> None:
+            self.tally["requests"] += 1  # retries too
+
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [count]})
+        self.client = openai.AsyncOpenAI(max_retries=RETRIES, timeout=TIMEOUT, http_client=http)
+
+    async def annotate(self, records: list[dict], path: Path) -> None:
+        """Append each record's row to `path` as soon as both passes are done, args.concurrency records at a time."""
+        queue = iter(records)
+
+        async def work() -> None:
+            for record in queue:
+                try:
+                    common.append_jsonl(path, [await self.find_row(record)])
+                except ValueError as error:
+                    self.tally[f"left out: {error.args[0]}"] += 1
+                    bar.write(f"{record['id']} left out: {error.args[0]}")
+                bar.update()
+
+        with tqdm(total=len(records), desc="annotate") as bar:
+            async with self.client:
+                await asyncio.gather(*(work() for _ in range(self.args.concurrency)))
+
+    async def find_row(self, record: dict) -> dict:
+        """Both passes of a record -> its row in the published layout."""
+        image, answer, given, passes = Path(record["image"]), record["answer"], record["reference"], []
         uri = f"data:{mimetypes.guess_type(image)[0] or 'image/png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
-        more = "".join(f"Rationale: {r}\n" for r in given["reasoning"] if not given["image"])  # else it has a chain already
+        more = "".join(f"Rationale: {text}\n" for text in given["reasoning"] if not given["image"])  # else it has a chain already
         for task in (ANNOTATE, REFINE):
-            text = {"type": "text", "text": PROMPT.format_map(record | task | {"more": more})}
-            messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, text]}]
-            reply = await ask(messages)
-            try:
-                chain = parse_chain(reply, answer)
-            except ValueError as error:
-                problem = {"role": "user", "content": REPAIR.format(": ".join(error.args))}
-                chain = parse_chain(await ask([*messages, {"role": "assistant", "content": reply}, problem]), answer)
-            parts.append({"Image_level": chain["image"], "Reasoning_level": chain["reasoning"]})
+            text = {"type": "text", "text": ANNOTATION_PROMPT.format_map(record | task | {"more": more})}
+            chain = await self.ask_chain([{"type": "image_url", "image_url": {"url": uri}}, text], answer)
+            passes.append({"Image_level": chain["image"], "Reasoning_level": chain["reasoning"]})
             more = f"Chain: {json.dumps(chain, ensure_ascii=False)}"
         row = {"split": "train", "image_id": int(image.stem) if image.stem.isdecimal() else image.stem, "question_id": record["id"]}
-        row |= {k: record[k] for k in ("image", "question", "choices")} | {"direct_answers": record.get("answers") or [answer]}
+        row |= {name: record[name] for name in ("image", "question", "choices")}
+        row["direct_answers"] = record.get("answers") or [answer]
         row["correct_choice_idx"] = record["choices"].index(answer) if answer in (record["choices"] or []) else None
-        return row | {"keys": parts[0], "keys_filtered": parts[1]}
+        return row | {"keys": passes[0], "keys_filtered": passes[1]}
 
-    async def work() -> None:
-        for record in queue:
-            try:
-                c.append_jsonl(path, [await find_row(record)])
-            except ValueError as error:
-                tally[f"left out: {error.args[0]}"] += 1
-                bar.write(f"{record['id']} left out: {error.args[0]}")
-            bar.update()
+    async def ask_chain(self, content: list[dict], answer: str) -> dict[str, list[str]]:
+        """A chain; one that cannot be used goes back once with what is wrong with it."""
+        messages = [{"role": "user", "content": content}]
+        reply = await self.ask(messages)
+        try:
+            return parse_chain(reply, answer)
+        except ValueError as error:
+            problem = {"role": "user", "content": REPAIR.format(": ".join(error.args))}
+        return parse_chain(await self.ask([*messages, {"role": "assistant", "content": reply}, problem]), answer)
 
-    queue, failures, bar = iter(records), [], tqdm(total=len(records), desc="annotate")
-    http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [count]})
-    async with openai.AsyncOpenAI(max_retries=RETRIES, timeout=TIMEOUT, http_client=http) as client:
-        await asyncio.gather(*(work() for _ in range(args.concurrency)))
-    bar.close()
+    async def ask(self, messages: list[dict]) -> str:
+        """A model's answer; ValueError where it refuses or fails, the end of the run where it fails again and again."""
+        try:
+            completion = await self.client.chat.completions.create(model=self.args.annotate, messages=messages)
+            choice, usage = completion.choices[0], completion.usage
+            text, refused = str(choice.message.content), choice.message.refusal or choice.finish_reason == "content_filter"
+        except (self.openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:  # the last: another protocol
+            self.failures += 1
+            hopeless = isinstance(error, (self.openai.AuthenticationError, self.openai.NotFoundError))
+            if hopeless or self.failures >= STOP_AFTER:
+                common.usage_error(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300])
+            raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
+        self.failures = 0
+        self.tally.update({name: getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")})
+        if refused or ("{" not in text and REFUSAL.match(text.replace("\u2019", "'"))):
+            raise ValueError("refusal")
+        return text
 
 
 def annotate(records: list[dict], args: argparse.Namespace) -> None:
     """Write train_mmb.json (published layout), annotations.jsonl (a row a finished record: a rerun does the others), log.jsonl."""
-    c.usage_error(*annotate_problems(args))
-    records = list({r["id"]: r for r in c.usable(records, ("image", "question", "answer"), args.allow_bad_records)}.values())
-    fixed = {k: v for k, v in vars(args).items() if k not in ("concurrency", "price", "limit", "device")}
-    c.start_run("annotate", argparse.Namespace(**fixed), "-", {"data": args.data})  # no file ends the run: more may be wanted
-    path, tally = Path(args.out) / "annotations.jsonl", Counter()
-    rows = {row["question_id"]: row for row in c.read_jsonl(path)} if path.exists() else {}
-    c.write_jsonl(path.with_suffix(".tmp"), list(rows.values()))  # without a last line cut short
-    path.with_suffix(".tmp").replace(path)
+    records = common.usable(records, ("image", "question", "answer"), args.allow_bad_records)
+    records = list({record["id"]: record for record in records}.values())
+    run = common.Run("annotate", args, {"data": args.data}, free=("concurrency", "price", "limit"))  # never finished: more may come
+    path, annotator = run.out / "annotations.jsonl", Annotator(args)
+    rows = {row["question_id"]: row for row in common.read_jsonl(path)}
+    common.write_jsonl(path, list(rows.values()))  # without a last line cut short
     try:
-        asyncio.run(annotate_all([r for r in records if r["id"] not in rows], path, args, tally))
+        asyncio.run(annotator.annotate([record for record in records if record["id"] not in rows], path))
     finally:
-        rows = {row["question_id"]: row for row in c.read_jsonl(path)}
-        done = [rows[r["id"]] for r in records if r["id"] in rows]
-        c.write_json(path.with_name("train_mmb.json"), done)
+        rows, tally = {row["question_id"]: row for row in common.read_jsonl(path)}, annotator.tally
+        done = [rows[record["id"]] for record in records if record["id"] in rows]
+        common.write_json(run.out / "train_mmb.json", done)
         if args.price:
             tally["cost"] = round(tally["prompt_tokens"] * args.price[0] + tally["completion_tokens"] * args.price[1]) / 1e6
-        c.append_jsonl(path.with_name("log.jsonl"), [tally])
+        common.append_jsonl(run.out / "log.jsonl", [tally])
         print(f"{len(done)} of {len(records)} chains written; this run: {', '.join(f'{k} {v:,}' for k, v in tally.items())}")
 
 
-def finish(lines: list[dict], args) -> None:
-    """Levels over all lines, and the files of the run."""
-    out, confidence = Path(args.out), assign_levels(lines, args)
-    c.write_json(out / "confidence.json", confidence)
-    summarize(lines, confidence, out / "confidence.png")
-    c.write_jsonl(out / "responses.jsonl", lines)
-
-
+# -------------------------------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    c.fill_defaults(args, DEFAULTS, vars(args))
-    out, world = Path(args.out), c.digits_paths(args.cache, args.seed, args.noise_scale)
-    names = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
-    setup = {name: getattr(args, name) for name in names} | {"world_seed": args.seed}
+    common.fill_defaults(args, FLAGS, args.data)
+    world = digits_paths(args.cache, args.seed, args.noise_scale)
+    handed_on = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
+    setup = {name: getattr(args, name) for name in handed_on} | {"world_seed": args.seed}
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
-    if args.merge:
-        setups = [c.read_run(folder, "responses.jsonl")["setup"] for folder in args.merge]
-        if any(other != setups[0] for other in setups):
-            c.usage_error(f"{', '.join(args.merge)} are runs with different data or models")
-        if not c.start_run("estimate", args, "responses.jsonl", setups[0]):
-            shards = [c.read_jsonl(Path(folder) / "responses.jsonl") for folder in args.merge]
-            finish([line for row in zip_longest(*shards) for line in row if line], args)
-        return
     if args.responses:
-        records = c.usable(c.read_jsonl(args.responses), ("image", "question", "response"), args.allow_bad_records, args.limit)
-        blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}
+        records = common.usable(
+            common.read_jsonl(args.responses), ("image", "question", "response"), args.allow_bad_records, args.limit
+        )
+        blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
         records = [{"id": i} | blank | record for i, record in enumerate(records)]
     else:
-        records = c.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
+        records = common.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
     if args.annotate:
         return annotate(records, args)
-    if args.shard:
-        records = records[args.shard[0] :: args.shard[1]]
-    if c.start_run("estimate", args, "responses.jsonl", setup):
+    run = common.Run("estimate", args, setup)
+    if run.finished:
         return
-    c.build_digits_world(args.cache, args.seed, args.noise_scale, [setup["model"], setup["clip"]])
-    partial = out / "partial.jsonl"
-    lines = c.read_jsonl(partial) if partial.exists() else []
-    lines = lines[: len(lines) // args.batch_size * args.batch_size]  # whole batches only
-    c.write_jsonl(partial, lines)
-    similarity, matcher = c.Similarity(args.similarity, args.device), c.Matcher(args.matcher, device=args.device)
-    clip = c.ClipScorer(setup["clip"], args.device)
-    model, processor = c.load_model(setup["model"], args)
-    bar = tqdm(total=len(records), initial=len(lines), desc="estimate")
-    while len(lines) < len(records):
-        args.batch_seed = args.seed * 1_000_000 + len(lines)
-        batch = respond(model, processor, records[len(lines) : len(lines) + args.batch_size], clip, similarity, matcher, args)
-        c.append_jsonl(partial, batch)
-        lines += batch
-        bar.update(len(batch))
-        bar.set_postfix(correct=f"{np.mean([bool(s['correct']) for line in lines for s in line['sentences']]):.3f}")
-    bar.close()
-    finish(lines, args)
-    partial.unlink()
+    if run.accelerator.is_main_process:
+        build_digits_world(args, [setup["model"], setup["clip"]])
+    run.accelerator.wait_for_everyone()
+    similarity = common.Similarity(args.similarity, run.device)
+    matcher, clip = common.Matcher(args.matcher, device=run.device), common.ClipScorer(setup["clip"], run.device)
+    vlm = common.load_model(setup["model"], args, run.device)
+
+    def answer(batch: list[dict], start: int) -> list[dict]:
+        return respond(vlm, batch, clip, similarity, matcher, args, args.seed * 1_000_000 + start)
+
+    right = lambda line: [sentence["correct"] for sentence in line["sentences"]]  # noqa: E731
+    lines = common.answer_in_batches(run, records, args.batch_size, "partial.jsonl", answer, right)
+    if run.accelerator.is_main_process:
+        confidence = assign_levels(lines, args)
+        common.write_json(run.out / "confidence.json", confidence)
+        summarize(lines)
+        plot_confidence(run.out / "confidence.png", lines, confidence)
+        common.write_jsonl(run.out / "responses.jsonl", lines)
+        (run.out / "partial.jsonl").unlink()
+    run.finish()
 
 
 if __name__ == "__main__":

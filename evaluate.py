@@ -2,11 +2,9 @@
 
 The model answers greedily; its sentences and statements are parsed, and matched with the reference chain.
 
-Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser), config.json.
+Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser), run.json.
 
-Metrics: ece, auroc, accuracy are of the answer (confidence: the last sentence's); mece (eq. 15-17), auroc_sentence, brier,
-brier_skill, aurc, precision, recall and f1 (eq. 19-20) are of sentences. A sentence without a statement counts for precision, F1
-and coverage, and is left out of every calibration metric.
+A sentence without a statement counts for precision, F1 and coverage, and is left out of every calibration metric.
 
 Choices beyond the paper
  1. MECE is not a proper score: E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
@@ -21,117 +19,135 @@ Choices beyond the paper
 
 import argparse
 import base64
+import functools
 import io
-from html import escape
+import json
+import math
 from pathlib import Path
-from string import Template
 
+import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
+from scipy.stats import binomtest
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
-import common as c
+import common
+from common import COUNT, DIGITS, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, bare, conf
 
 LEVELS = (1, 2, 3, 4, 5)
-# What is left out on the command line: (digits, other data)
-DEFAULTS = {"limit": (600, None), "max_new_tokens": (100, 320), "batch_size": (200, 8)}
 PARTS = ("image", "reasoning")
+FLAGS = {
+    "run": {
+        "ckpt": (TEXT, "ppo", "folder of ppo.py, warmup.py or of a base model"),
+        "out": (TEXT, "results", "folder to write"),
+        **RUN_FLAGS,
+    },
+    "data": {
+        "data": ((*DIGITS, *PUBLISHED), None, "data set (default: the run's)"),
+        "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the run's)"),
+        "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
+        "split": (("test", "validation"), "test", "tune on validation, report on test"),
+        "limit": (COUNT, 600, None, "number of questions"),
+        "noise_scale": (POSITIVE, None, "digits: multiplies the noise of every image (default: the run's)"),
+        "cache": (TEXT, None, "where the digits world keeps its images (default: the run's)"),
+        "max_new_tokens": (COUNT, 100, 320, "longest response"),
+        "batch_size": (COUNT, 200, 8, "questions a batch"),
+    },
+}
+parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+
+# ----------------------------------------------------------------------------------------------------------------- metrics
+def mean(values) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
 
 
-def mean(x):
-    return float(np.mean(x)) if len(x) else float("nan")
-
-
-def stated(predictions):
+def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """All sentences with a statement: confidence (N,) in [0, 1] and correct (N,) in {0., 1.}."""
-    pairs = [(c.conf(s["level"]), s["correct"]) for p in predictions for s in p["sentences"] if s["level"] is not None]
-    return np.array(pairs, dtype=float).reshape(-1, 2).T
+    sentences = [sentence for p in predictions for sentence in p["sentences"] if sentence["level"] is not None]
+    confidence = np.array([conf(sentence["level"]) for sentence in sentences], dtype=float)
+    return confidence, np.array([sentence["correct"] for sentence in sentences], dtype=float)
 
 
-def only(predictions, part):
+def only(predictions: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
-    return [{**p, "sentences": [s for s in p["sentences"] if s["part"] == part],
-             "covered": {part: p["covered"].get(part, [])}} for p in predictions]
+    sentences = [[sentence for sentence in p["sentences"] if sentence["part"] == part] for p in predictions]
+    return [
+        {**p, "sentences": kept, "covered": {part: p["covered"].get(part, [])}}
+        for p, kept in zip(predictions, sentences, strict=True)
+    ]
 
 
-def ece(confidence, correct, n_bins=10):
+def ece(confidence, correct, n_bins: int = 10) -> float:
     """Expected calibration error (Guo et al., 2017, eq. 3): sum_b |B_b|/n |acc(B_b) - conf(B_b)|; both inputs (N,).
 
-    Equal-width bins, closed on the right: (0, .1], (.1, .2], ...; a confidence of 0 falls into the first bin.
-    """
-    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    Equal-width bins, closed on the right: (0, .1], (.1, .2], ...; a confidence of 0 falls into the first bin."""
     if not len(confidence):
-        return float("nan")
+        return math.nan
+    gap = np.asarray(correct, dtype=float) - np.asarray(confidence, dtype=float)
     bins = np.searchsorted(np.arange(1, n_bins) / n_bins, confidence, side="left")  # (N,)
     # |B|/n |sum(correct)/|B| - sum(confidence)/|B|| = |sum(correct - confidence)|/n, so empty bins need no special case
-    return float(np.abs(np.bincount(bins, weights=correct - confidence)).sum() / len(confidence))
+    return float(sum(abs(gap[bins == b].sum()) for b in range(n_bins)) / len(gap))
 
 
-def mece(predictions):
-    """Multi-granular ECE, eq. 15-17; a response without any statement is left out (`coverage` stands beside it)."""
-    errors = [[abs(s["correct"] - c.conf(s["level"])) for s in p["sentences"] if s["level"] is not None] for p in predictions]
-    return mean([mean(e) for e in errors if e])  # inner mean: eq. 16; outer mean: eq. 17
+def mece(predictions: list[dict]) -> float:
+    """Multi-granular ECE: the mean over responses of the mean |correct - confidence| of their sentences (eq. 15). A response
+    without any statement is left out (`coverage` stands beside it)."""
+    errors = []
+    for p in predictions:
+        confidence, correct = stated([p])
+        if len(confidence):
+            errors.append(mean(np.abs(correct - confidence)))  # eq. 16
+    return mean(errors)  # eq. 15, eq. 17
 
 
-def mece_constant(predictions):
+def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
     """(lowest MECE, its level) if every sentence with a statement said one and the same level: the bar MECE must clear.
 
     With a = the mean over responses of the share of right sentences, always saying c gives a(1 - c) + (1 - a)c. That is
-    linear in c, so the best constant is level 1 or 5 and MECE itself rewards extremes; hence Brier skill beside it.
-    """
-    correct = [[s["correct"] for s in p["sentences"] if s["level"] is not None] for p in predictions]
-    a = mean([mean(c) for c in correct if c])
-    if np.isnan(a):
-        return a, None
-    values = {level: a * (1 - c.conf(level)) + (1 - a) * c.conf(level) for level in LEVELS}
-    level = min(values, key=values.get)
-    return values[level], level
+    linear in c, so the best constant is level 1 or 5 and MECE itself rewards extremes; hence Brier skill beside it."""
+    shares = [mean(correct) for _, correct in (stated([p]) for p in predictions) if len(correct)]
+    if not shares:
+        return math.nan, None
+    right = mean(shares)
+    return min((right * (1 - conf(level)) + (1 - right) * conf(level), level) for level in LEVELS)
 
 
-def auroc(confidence, correct):
-    """Area under the ROC curve, eq. 18, as a rank statistic: P(right one ranks above wrong one) + P(tie)/2."""
-    correct = np.asarray(correct, dtype=bool)
-    n_pos, n_neg = int(correct.sum()), int((~correct).sum())
-    if n_pos == 0 or n_neg == 0:
-        return float("nan")
-    _, group, counts = np.unique(np.asarray(confidence, dtype=float), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]  # (N,) 1-based, the mean rank within a tie
-    return float((ranks[correct].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+def auroc(confidence, correct) -> float:
+    """Area under the ROC curve: the chance that a right one has more confidence than a wrong one, ties count half."""
+    return float(roc_auc_score(correct, confidence)) if len(set(np.asarray(correct).tolist())) == 2 else math.nan  # eq. 18
 
 
-def brier(confidence, correct):
+def brier(confidence, correct) -> float:
     """Mean squared difference of confidence and correctness: a proper score, lower is better."""
-    return mean((np.asarray(confidence, dtype=float) - np.asarray(correct, dtype=float)) ** 2)
+    return float(brier_score_loss(np.asarray(correct, dtype=int), confidence, pos_label=1)) if len(confidence) else math.nan
 
 
-def brier_skill(confidence, correct):
+def brier_skill(confidence, correct) -> float:
     """1 - Brier / (p(1 - p)): 0 = no better than always saying the base rate p of right sentences, 1 = perfect."""
-    p = mean(np.asarray(correct, dtype=float))
-    return 1 - brier(confidence, correct) / (p * (1 - p)) if 0 < p < 1 else float("nan")
+    p = mean(correct)
+    return 1 - brier(confidence, correct) / (p * (1 - p)) if 0 < p < 1 else math.nan
 
 
-def aurc(confidence, correct):
+def aurc(confidence, correct) -> float:
     """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017; Ding et al., 2020), lower is better.
 
     Mean over k = 1..N of the error rate among the k most confident. Five levels tie nearly everywhere, so within a tie
-    each sentence carries the tie's mean error: exactly the expectation over random orders of the tied ones.
-    """
-    if not len(confidence):
-        return float("nan")
-    error = 1 - np.asarray(correct, dtype=float)
-    _, group, counts = np.unique(-np.asarray(confidence, dtype=float), return_inverse=True, return_counts=True)
-    risk = np.repeat(np.bincount(group, weights=error) / counts, counts)  # (N,) most confident first
+    each sentence carries the tie's mean error: exactly the expectation over random orders of the tied ones."""
+    confidence, error = np.asarray(confidence, dtype=float), 1 - np.asarray(correct, dtype=float)
+    risk = []  # of each sentence, most confident first
+    for value in np.unique(confidence)[::-1]:
+        tied = error[confidence == value]
+        risk += [tied.mean()] * len(tied)
     return mean(np.cumsum(risk) / np.arange(1, len(risk) + 1))
 
 
-def sentence_metrics(predictions):
+def sentence_metrics(predictions: list[dict]) -> dict:
     """What is reported for the whole chain and again for its image and its reasoning part."""
     confidence, correct = stated(predictions)
-    matched = [bool(s["correct"]) for p in predictions for s in p["sentences"]]
-    covered = [bool(c) for p in predictions for part in p["covered"].values() for c in part]
+    matched = [bool(sentence["correct"]) for p in predictions for sentence in p["sentences"]]
+    covered = [bool(hit) for p in predictions for part in p["covered"].values() for hit in part]
     precision, recall = mean(matched), mean(covered)  # eq. 19, micro-averaged over the test set
     # A chain that says nothing, or nothing right, scores F1 = 0; without any reference there is no F1.
     f1 = 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0  # eq. 20
@@ -139,160 +155,153 @@ def sentence_metrics(predictions):
         "mece": mece(predictions),
         "auroc_sentence": auroc(confidence, correct),
         "brier": brier(confidence, correct),
-        "f1": f1 if covered else float("nan"),
+        "f1": f1 if covered else math.nan,
         "precision": precision,
         "recall": recall,
         "n_sentences": len(matched),
     }
 
 
-def compute_metrics(predictions):
+def compute_metrics(predictions: list[dict]) -> dict:
     """metrics.json: plain ints, floats and None. ECE, AUROC and accuracy are of the answer, the rest of sentences."""
     confidence, correct = stated(predictions)
-    last = [(c.conf(p["sentences"][-1]["level"]), p["answer_correct"]) for p in predictions
-            if p["sentences"] and p["sentences"][-1]["level"] is not None]
-    answer_confidence, answer_correct = np.array(last, dtype=float).reshape(-1, 2).T
-    levels = [s["level"] for p in predictions for s in p["sentences"]]
+    answered = [p for p in predictions if p["sentences"] and p["sentences"][-1]["level"] is not None]
+    answer_confidence = [conf(p["sentences"][-1]["level"]) for p in answered]  # the c of eq. 1 is that of the last sentence
+    answer_correct = [float(p["answer_correct"]) for p in answered]
+    levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
     constant, constant_level = mece_constant(predictions)
     metrics = {
         "ece": ece(answer_confidence, answer_correct),
         "coverage": mean([level is not None for level in levels]),
         "auroc": auroc(answer_confidence, answer_correct),
         "accuracy": mean([bool(p["answer_correct"]) for p in predictions]),
-        "direct_answer": mean([c.direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in predictions]),
+        "direct_answer": mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in predictions]),
         **sentence_metrics(predictions),
         "n_questions": len(predictions),
-        "level_histogram": {**{str(k): levels.count(k) for k in LEVELS}, "none": levels.count(None)},
+        "level_histogram": {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)},
         "brier_skill": brier_skill(confidence, correct),
         "aurc": aurc(confidence, correct),
         "mece_constant": constant,
         "mece_constant_level": constant_level,
         **{part: sentence_metrics(only(predictions, part)) for part in PARTS},
     }
-    return without_nan(metrics)
+    return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
 
 
-def without_nan(value):
-    """NaN is no JSON: None in its place."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
+# ------------------------------------------------------------------------------------------------ table, figure and report
+def fmt(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-# ----------------------------------------------------------------------------------------------------- table and figure
-
-
-def fmt(value, digits=3):
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def format_table(rows):
+def format_table(rows: dict[str, dict]) -> str:
     """{run name: metrics} -> a markdown table, padded so that it also reads well in a terminal."""
-    table = [["run", "ECE↓", "MECE↓ (always level k)", "Brier skill↑", "AUROC↑", "AUROC-sent↑ (image / reasoning)", "Acc↑", "F1↑",
-              "coverage", "levels used"]]
-    for name, m in rows.items():
-        k, image, reasoning = m["mece_constant_level"], m["image"], m["reasoning"]
-        constant = f" ({fmt(m['mece_constant'])}, k={k})" if k else ""
-        parts = f" ({fmt(image['auroc_sentence'])} / {fmt(reasoning['auroc_sentence'])})"
-        used = " ".join(str(level) if m["level_histogram"][str(level)] else "·" for level in LEVELS)
-        table.append([name.replace("|", "\\|"), fmt(m["ece"]), fmt(m["mece"]) + constant, fmt(m["brier_skill"]), fmt(m["auroc"]),
-                      fmt(m["auroc_sentence"]) + parts, fmt(m["accuracy"]), fmt(m["f1"]), fmt(m["coverage"]), used])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    columns = {"run": [name.replace("|", "\\|") for name in rows]}
+    for title, name in (("ECE↓", "ece"), ("MECE↓", "mece"), ("Brier skill↑", "brier_skill"), ("AUROC↑", "auroc")):
+        columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
+    columns["best constant"] = [f"{fmt(m['mece_constant'])} (level {m['mece_constant_level']})" for m in rows.values()]
+    columns["AUROC of sentences↑"] = [fmt(metrics["auroc_sentence"]) for metrics in rows.values()]
+    for part in PARTS:
+        columns[part] = [fmt(metrics[part]["auroc_sentence"]) for metrics in rows.values()]
+    for title, name in (("Acc↑", "accuracy"), ("F1↑", "f1"), ("coverage", "coverage")):
+        columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
+    counts = [[metrics["level_histogram"][str(level)] for level in LEVELS] for metrics in rows.values()]
+    columns["levels 1-5, %"] = [" ".join(f"{100 * n / max(sum(row), 1):.0f}" for n in row) for row in counts]
+    widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
+    lines = [list(columns), ["-" * widths[title] for title in columns], *zip(*columns.values(), strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths.values(), strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def wilson(k, n, z=1.96):
-    """95% Wilson score interval of k successes in n trials: honest near 0 and 1, where the levels are meant to be."""
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * (k * (n - k) / n + z * z / 4) ** 0.5
-    return centre - half, centre + half
-
-
-def plot_reliability(predictions, path):
-    """Left: observed accuracy of the sentences of each level, by part. Right: how many there are, right and wrong."""
-    confidence, correct = stated(predictions)
-    fig = Figure(figsize=(10, 4.6), layout="constrained", dpi=130)
-    left, right = fig.subplots(1, 2, width_ratios=[1.15, 1])
-    left.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0, label="calibrated")
+def plot_reliability(predictions: list[dict], path: Path) -> None:
+    """Left: observed accuracy of the sentences of each level, by part, with 95% Wilson intervals, honest near 0 and 1. Right: how
+    many there are, right and wrong."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
     for part, colour, marker, shift in zip(PARTS, ("#0072B2", "#D55E00"), "os", (-0.014, 0.014), strict=True):
-        part_confidence, part_correct = stated(only(predictions, part))
-        used = [k for k in LEVELS if (part_confidence == c.conf(k)).any()]
-        n = np.array([(part_confidence == c.conf(k)).sum() for k in used])
-        hits = np.array([part_correct[part_confidence == c.conf(k)].sum() for k in used])
-        x = np.array([c.conf(k) for k in used]) + shift  # side by side, or the intervals hide each other
-        left.vlines(x, *wilson(hits, n), color=colour, linewidth=1.6, zorder=1)
-        area = 22 + 260 * n / max(len(confidence), 1)
-        left.scatter(x, hits / n, s=area, color=colour, marker=marker, alpha=0.85, edgecolor="white", zorder=2)
-        left.scatter([], [], s=50, color=colour, marker=marker, label=f"{part} (n = {len(part_correct)})")
-    left.set(xlim=(-0.07, 1.07), ylim=(-0.04, 1.17), yticks=np.arange(6) / 5, ylabel="observed accuracy, 95% interval")
-    left.set_title("Reliability of sentences (area: count)", fontsize=11)
-    left.legend(loc="upper left", frameon=False, fontsize=9, ncols=3, columnspacing=1)
-    counts = np.array([[(correct[confidence == c.conf(k)] == r).sum() for k in LEVELS] for r in (1, 0)])  # (2, 5)
-    x = [c.conf(k) for k in LEVELS]
-    right.bar(x, counts[0], 0.17, color="#009E73", label="right")
-    right.bar(x, counts[1], 0.17, bottom=counts[0], color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
-    for xi, n in zip(x, counts.sum(0), strict=True):
-        right.annotate(str(n), (xi, n), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
-    n_none = sum(s["level"] is None for p in predictions for s in p["sentences"])
-    right.set(ylabel="sentences", xlim=(-0.14, 1.14), ylim=(0, 1.22 * max(counts.sum(0).max(), 1)))
-    right.set_title(f"Levels used ({n_none} without a statement)", fontsize=11)
-    right.legend(loc="upper left", frameon=False, fontsize=9, ncols=2)
-    for ax in (left, right):
-        ax.set_xticks(x, [f"{k}\n{c.conf(k):g}" for k in LEVELS])
-        ax.set_xlabel("expressed level / confidence")
-        ax.spines[["top", "right"]].set_visible(False)
-    numbers = [fmt(without_nan(v)) for v in (mece(predictions), auroc(confidence, correct))]
-    fig.suptitle(f"n = {len(confidence)} sentences     MECE = {numbers[0]}     AUROC = {numbers[1]}", fontsize=12)
-    fig.savefig(path, metadata={"Software": None})  # no version stamp: the same predictions give the same bytes
+        confidence, correct = stated(only(predictions, part))
+        for level in LEVELS:
+            outcomes = correct[confidence == conf(level)]
+            if len(outcomes):
+                x, interval = conf(level) + shift, binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(method="wilson")
+                left.vlines(x, interval.low, interval.high, color=colour)
+                left.scatter(x, outcomes.mean(), color=colour, marker=marker)
+        left.scatter([], [], color=colour, marker=marker, label=f"{part} (n = {len(correct)})")
+    left.set(xlim=(-0.07, 1.07), ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
+    left.legend(frameon=False)
+    confidence, correct = stated(predictions)
+    x = [conf(level) for level in LEVELS]
+    n_right, n_wrong = ([((confidence == value) & (correct == ok)).sum() for value in x] for ok in (1, 0))
+    right.bar(x, n_right, 0.17, color="#009E73", label="right")
+    bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
+    right.bar_label(bars)
+    n_none = sum(sentence["level"] is None for p in predictions for sentence in p["sentences"])
+    right.set(xlim=(-0.14, 1.14), ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.set_xticks(x, [f"{level}\n{conf(level):g}" for level in LEVELS])
+        axis.set_xlabel("expressed level / confidence")
+    figure.suptitle(f"{len(correct)} sentences     MECE {fmt(mece(predictions))}     AUROC {fmt(auroc(confidence, correct))}")
+    common.save_figure(path, figure)
 
 
-# --------------------------------------------------------------------------------------------------------------- report
-
-PAGE = Template("""<!doctype html>
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+{% macro mark(good, yes, no) %}
+<b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
+{%- endmacro %}
+{% macro card(p, picture, judged) %}
+<article class="card" data-tags="{{ tags(p) | join(' ') }}">
+<header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+{% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
+<div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
+{% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
+<div><ol>
+{% for s in p.sentences %}
+{% if loop.changed(s.part) %}<li><h3>{{ s.part }}</h3></li>{% endif %}
+<li class="s l{{ s.level or 0 }}{{ ' wrong' if judged and not s.correct }}">
+<b title="expressed level">{{ s.level or "–" }}</b> {{ s.text }} {% if s.statement %}<i>{{ s.statement }}</i>{% endif %}
+{% if judged %}{{ mark(s.correct, "right", "wrong") }}{% endif %}</li>
+{% else %}<li>{{ p.response or "(empty response)" }}</li>
+{% endfor %}</ol>
+<p>Answer: <b>{{ "no answer found" if p.prediction is none else p.prediction }}</b>
+{% if judged %}{{ mark(p.answer_correct, "right", "wrong") }} <span class="soft">gold: {{ p.answer }}</span>{% endif %}</p></div>
+{% if judged %}<div>{% for part in p.reference %}<h3>Reference, {{ part }}</h3><ul>
+{% for text in p.reference[part] %}<li>{{ mark(p.covered[part][loop.index0], "covered", "not covered") }} {{ text }}</li>
+{% endfor %}</ul>{% endfor %}</div>{% endif %}
+</article>
+{% endmacro %}
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { --bg: #f5f6f8; --card: #fff; --ink: #1b1f24; --soft: #5a6472; --line: #d9dee5; --tint: 30 100 210; --right: #00724f;
-  --wrong: #b3400a } * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.2rem; max-width: 1180px; background: var(--bg); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 0 .8rem } h2 { font-size: 1.05rem; margin: 0 }
-h3 { font-size: .75rem; color: var(--soft); margin: .7rem 0 .2rem; text-transform: uppercase; letter-spacing: .05em }
-div > h3:first-child, li:first-child h3 { margin-top: 0 } dd { margin: 0; font-size: 1.25rem } dd small { display: block }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: .5rem; margin: 0 }
-dl div, .card, nav { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem }
-dt, small, .soft { font-size: .82rem; color: var(--soft) } nav { position: sticky; top: 0; margin: 1rem 0 }
-.figure { display: block; max-width: 100%; width: 860px; margin: 1rem auto; border-radius: 8px }
-nav div { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .2rem 0 }
-button { font: inherit; font-size: .9rem; padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--bg); color: inherit; cursor: pointer } button[aria-pressed=true] { background: var(--ink); color: var(--card) }
-:focus-visible { outline: 3px solid rgb(var(--tint)); outline-offset: 2px }
-.card { padding: 1rem; margin-bottom: 1rem; display: grid; gap: .6rem 1.4rem;
-  grid-template-columns: auto minmax(0, 1.5fr) minmax(0, 1fr) } .card[hidden] { display: none } .card header { grid-column: 1 / -1 }
-.card img { display: block; width: 200px; border-radius: 4px } .missing { width: 160px; margin: 0 }
-.card img.pixelated { width: 160px; image-rendering: pixelated } .answer { margin: .7rem 0 0 }
-ol, ul { list-style: none; margin: 0; padding: 0 } li { margin: .25rem 0 } .l0 { outline: 1px dashed var(--line) }
-.s { padding: .25rem .6rem; border-radius: 5px; border-left: 4px solid var(--right) } .s.no { border-left: 4px dashed var(--wrong) }
-.l1 { background: rgb(var(--tint) / .05) } .l2 { background: rgb(var(--tint) / .15) } .l3 { background: rgb(var(--tint) / .26) }
-.l4 { background: rgb(var(--tint) / .38) } .l5 { background: rgb(var(--tint) / .52) } b.yes { color: var(--right) }
-.legend span { padding: 0 .5rem; border-radius: 4px; color: var(--ink) } b.no { color: var(--wrong) }
-.level { padding: 0 .35em; font-size: .8rem; border: 1px solid currentColor; border-radius: 4px; margin-right: .45em }
-.s b.yes, .s b.no { background: var(--card); border-radius: 4px; padding: 0 .25em; margin-left: .3em }
-@media (max-width: 820px) { .card { grid-template-columns: minmax(0, 1fr) } nav { position: static } }
+<title>{{ title }}</title><style>
+body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
+dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% }
+button[aria-pressed=true] { background: #1b1f24; color: #fff }
+.card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1rem 0; padding: .6rem;
+  border: 1px solid #d9dee5; border-radius: 8px } .card[hidden] { display: none } .card header { grid-column: 1 / -1 }
+.card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
+.s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
+.l1 { background: #f1f5fc } .l2 { background: #dfe8f8 }
+.l3 { background: #c8d8f3 } .l4 { background: #adc6ee } .l5 { background: #8fb1e7 }
+@media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
 </style></head><body>
-<h1>$title</h1><dl>$figures</dl>$reliability
-<nav aria-label="Filters"><div>$buttons</div><div class="legend soft">Expressed confidence: $legend
-<b class="yes">✓</b> matches the reference <b class="no">✗</b> does not</div></nav>
-<p class="soft" role="status"><span id="shown">$n_shown</span> of $n_shown cards. $note</p>
-<main>$cards</main>
+<h1>{{ title }}</h1>
+<dl>{% for name, value, of in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}<br><small>{{ of }}</small></dd></div>
+{% endfor %}</dl>
+{% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level" src="{{ plot }}">{% endif %}
+<nav aria-label="Filters">{% for tag, label, n in buttons %}
+<button type="button" data-tag="{{ tag }}" aria-pressed="{{ 'true' if loop.first else 'false' }}">{{ label }} ({{ n }})</button>
+{% endfor %}</nav>
+<p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
+<b class="yes">✓</b> matches the reference <b class="no">✗</b> does not. {% if cards | length < total %}Only the first
+{{ cards | length }} of {{ total }} questions are shown; the figures above are over all of them.{% endif %}</p>
+<main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main>
 <script>
 const buttons = [...document.querySelectorAll("nav button")], cards = [...document.querySelectorAll(".card")];
 buttons.forEach(button => button.addEventListener("click", () => {
   buttons.forEach(b => b.setAttribute("aria-pressed", b === button));
   const tag = button.dataset.tag;
-  cards.forEach(card => card.hidden = tag !== "all" && !card.dataset.tags.split(" ").includes(tag));
-  document.getElementById("shown").textContent = cards.filter(card => !card.hidden).length;
+  cards.forEach(card => card.hidden = !card.dataset.tags.split(" ").includes(tag));
 }));
 </script></body></html>
 """)
@@ -306,160 +315,133 @@ FILTERS = {  # tag: (label, test of a question)
 }
 
 
-def data_uri(data, kind):
+def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def image_html(path):
-    """<img> with the picture inside: tiny ones as they are, with hard pixels; others as a thumbnail."""
+def thumbnail(path: str) -> dict | None:
+    """A picture to put into a page: tiny ones as they are, with hard pixels; others small. None where it cannot be opened."""
     try:
         with Image.open(path) as image:
-            kind, css = ("png", "pixelated") if max(image.size) <= 64 else ("jpeg", "photo")
             image = image.convert("RGBA")
     except Exception:  # whatever is wrong with a file, it costs its picture and not the page
-        return f'<p class="missing soft">no image at {escape(str(path))}</p>'
+        return None
+    kind, css = ("png", "pixelated") if max(image.size) <= 64 else ("jpeg", "photo")
     image.thumbnail((320, 320))
     # On white: a diagram is often black lines on transparency, which would turn black on black.
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)
-    return f'<img class="{css}" alt="image of the question" src="{data_uri(buffer.getvalue(), kind)}">'
+    return {"kind": css, "uri": data_uri(buffer.getvalue(), kind)}
 
 
-def mark(good, yes, no):
-    css, label, sign = ("yes", yes, "✓") if good else ("no", no, "✗")
-    return f'<b class="{css}" role="img" aria-label="{label}">{sign}</b>'
-
-
-def card_html(p):
-    sentences, part = [], None
-    for s in p["sentences"]:
-        if s["part"] != part:
-            part = s["part"]
-            sentences.append(f"<li><h3>{escape(part)}</h3></li>")
-        level = f'<b class="level" title="expressed level">{s["level"] or "–"}</b>'
-        statement = f" <i>{escape(s['statement'])}</i>" if s["statement"] else ""
-        css = f"s l{s['level'] or 0} {'yes' if s['correct'] else 'no'}"
-        sentences.append(f'<li class="{css}">{level}{escape(s["text"])}{statement} {mark(s["correct"], "right", "wrong")}</li>')
-    reference = ""
-    for part in PARTS:
-        pairs = zip(p["reference"].get(part, []), p["covered"].get(part, []), strict=True)
-        items = "".join(f"<li>{mark(c, 'covered', 'not covered')} {escape(text)}</li>" for text, c in pairs)
-        reference += f"<h3>Reference, {part}</h3><ul>{items or '<li>–</li>'}</ul>"
-    tags = " ".join(tag for tag, (_, test) in FILTERS.items() if test(p))
-    choices = f'<div class="soft">Choices: {escape(" · ".join(map(str, p["choices"])))}</div>' if p["choices"] else ""
-    answer = "no answer found" if p["prediction"] is None else p["prediction"]
-    return (
-        f'<article class="card" data-tags="{tags}"><header><small>{escape(str(p["id"]))}</small>'
-        f"<h2>{escape(p['question'])}</h2>{choices}</header><div>{image_html(p['image'])}</div>"
-        f"<div><ol>{''.join(sentences) or '<li>' + escape(p['response'] or '(empty response)') + '</li>'}</ol>"
-        f'<p class="answer">Answer: <b>{escape(answer)}</b> {mark(p["answer_correct"], "right", "wrong")} '
-        f'<span class="soft">gold: {escape(p["answer"])}</span></p></div><div>{reference}</div></article>'
-    )
-
-
-def write_report(predictions, metrics, path, title, limit=200):
+def write_report(predictions: list[dict], metrics: dict, path: Path, title: str, limit: int = 200) -> None:
     """One HTML file that needs no network and no other file: the figures, then a card for each of `limit` questions."""
-    path, shown = Path(path), predictions[:limit]
-    k = metrics["mece_constant_level"]
-    constant = f"always {k}: {fmt(metrics['mece_constant'])}" if k else "no statement"
-    figures = [("ECE ↓", "ece", "answers"), ("MECE ↓", "mece", constant), ("Brier skill ↑", "brier_skill", "sentences"),
-               ("AUROC ↑", "auroc", "answers"), ("AUROC ↑", "auroc_sentence", "sentences"),
-               ("Accuracy ↑", "accuracy", f"{metrics['n_questions']} answers"),
-               ("Chain F1 ↑", "f1", f"{metrics['n_sentences']} sentences"), ("Coverage", "coverage", "of sentences")]
-    tiles = [f"<div><dt>{a}</dt><dd>{fmt(metrics[b])}<small>{c}</small></dd></div>" for a, b, c in figures]
-    plot, reliability = path.with_name("reliability.png"), ""
-    if plot.exists():
-        alt = "Reliability of sentences by expressed level, and the number of sentences at each level"
-        reliability = f'<img class="figure" alt="{alt}" src="{data_uri(plot.read_bytes(), "png")}">'
-    buttons = [f'<button type="button" data-tag="{tag}" aria-pressed="{"true" if tag == "all" else "false"}">'
-               f"{label} ({sum(map(test, shown))})</button>" for tag, (label, test) in FILTERS.items()]
-    cut = f"Only the first {limit} of {len(predictions)} questions are shown; the figures above are over all of them."
-    legend = "".join(f'<span class="l{k}">{k}</span>' for k in LEVELS) + '<span class="l0">– no statement</span>'
-    page = PAGE.substitute(
-        title=escape(title), figures="".join(tiles), reliability=reliability, buttons="".join(buttons), legend=legend,
-        n_shown=len(shown), note=cut if len(predictions) > limit else "", cards="".join(map(card_html, shown)))
-    path.write_text(page, encoding="utf-8")
+    shown, plot = predictions[:limit], Path(path).with_name("reliability.png")
+    figures = [
+        ("ECE ↓", fmt(metrics["ece"]), "answers"),
+        ("MECE ↓", fmt(metrics["mece"]), f"always {metrics['mece_constant_level']}: {fmt(metrics['mece_constant'])}"),
+        ("Brier skill ↑", fmt(metrics["brier_skill"]), "sentences"),
+        ("AUROC ↑", fmt(metrics["auroc"]), "answers"),
+        ("AUROC ↑", fmt(metrics["auroc_sentence"]), "sentences"),
+        ("Accuracy ↑", fmt(metrics["accuracy"]), f"{metrics['n_questions']} answers"),
+        ("Chain F1 ↑", fmt(metrics["f1"]), f"{metrics['n_sentences']} sentences"),
+        ("Coverage", fmt(metrics["coverage"]), "of sentences"),
+    ]
+    page = PAGE.render(
+        title=title,
+        figures=figures,
+        plot=data_uri(plot.read_bytes(), "png") if plot.exists() else None,
+        buttons=[(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()],
+        levels=LEVELS,
+        tags=lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)],
+        cards=[(p, thumbnail(p["image"])) for p in shown],
+        total=len(predictions),
+    )
+    common.write_text(path, page)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = c.Parser(__doc__)
-    parser.add_argument("--ckpt", default="ppo", help="folder of ppo.py, warmup.py or of a base model (default: %(default)s/)")
-    parser.add_argument("--data", choices=[*c.DATASETS, *c.PUBLISHED], help="data set (default: the run's)")
-    parser.add_argument("--data-dir", help="folder with the published annotations and the images (default: the run's)")
-    parser.add_argument("--allow-bad-records", action="store_true", help="go on when more than a fifth of the records is unusable")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="tune on validation, report on test")
-    parser.add_argument("--limit", type=int, help="number of questions (digits: 600; other data: all)")
-    parser.add_argument("--noise-scale", type=float, help="digits: multiplies the noise of every image (default: the run's)")
-    parser.add_argument("--cache", help="where the digits world keeps its images (default: the run's)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest response (100 / 320)")
-    parser.add_argument("--batch-size", type=int, help="questions a batch (200 / 8)")
-    c.add_run_arguments(parser.add_argument_group("run"), out="results")
-    args = parser.parse_args(argv)
-    c.usage_error(*c.positive(args, "limit", "noise_scale", "max_new_tokens", "batch_size"))
-    return args
+# ------------------------------------------------------------------------------------------------------------- predictions
+def same_answer(prediction: str | None, answer: str) -> bool:
+    return prediction is not None and bare(prediction) == bare(answer)
 
 
+def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
+    """A-OKVQA's direct-answer score, min(1, matches / 3) over its ten answers; with fewer answers one match is enough."""
+    return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
+
+
+def predict(
+    vlm: VLM, reader: common.StatementReader, matcher: common.Matcher, records: list[dict], max_new_tokens: int, seed: int
+) -> list[dict]:
+    """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl."""
+    ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
+    texts = [common.read_response(vlm.tokenizer, tokens).text for tokens in ids]
+    parsed = reader.parse(texts)
+    matches = matcher([[step.text for step in steps] for steps in parsed], list(map(common.reference_chain, records)))
+    predictions = []
+    for record, text, steps, matched in zip(records, texts, parsed, matches, strict=True):
+        n_image, sentences = len(record["reference"]["image"]), []
+        for i, step in enumerate(steps):
+            part = "image" if i < n_image else "reasoning"
+            sentence = {"text": step.text, "statement": step.statement, "level": step.level}
+            sentences.append(sentence | {"correct": bool(matched[i].any()), "part": part})
+        covered = matched.any(0).tolist()
+        answer = common.extract_answer([step.text for step in steps], record["choices"])
+        predictions.append(
+            record
+            | {
+                "response": text,
+                "prediction": answer,
+                "answer_correct": same_answer(answer, record["answer"]),
+                "sentences": sentences,
+                "covered": {"image": covered[:n_image], "reasoning": covered[n_image:]},
+            }
+        )
+    return predictions
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
     ckpt = Path(args.ckpt)
     if not ckpt.is_dir():
-        c.usage_error(f"no such folder: {args.ckpt}")
-    config = c.read_json(ckpt / "config.json") if (ckpt / "config.json").exists() else {}
-    if "setup" not in config and "model_type" not in config:
-        c.usage_error(f"{args.ckpt} holds neither a model nor a run of warmup.py or ppo.py")
-    setup = {"data": "digits", "data_dir": None, "cache": "cache", "noise_scale": 1.0, "world_seed": args.seed, "matcher": None}
-    setup |= config.get("setup", {})
-    given = {"data": args.data, "data_dir": args.data_dir, "noise_scale": args.noise_scale, "cache": args.cache}
-    setup |= {k: v for k, v in given.items() if v is not None}
-    return setup | {"matcher": setup["matcher"] or c.default_of(c.MATCHER, setup)}
-
-
-def predict(model, processor, records: list[dict], matcher: c.Matcher, max_new_tokens: int, seed: int) -> list[dict]:
-    """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl."""
-    predictions = []
-    generations = c.generate(model, processor, records, 0.0, max_new_tokens, seed)
-    parsed = c.parse([g.text for g in generations])
-    matches = matcher([[s.text for s in steps] for steps in parsed], [c.chain(r) for r in records])
-    for record, generation, steps, matched in zip(records, generations, parsed, matches, strict=True):
-        n_image = len(record["reference"]["image"])
-        sentences = [
-            {"text": s.text, "statement": s.statement, "level": s.level, "correct": bool(matched[i].any()),
-             "part": "image" if i < n_image else "reasoning"} for i, s in enumerate(steps)
-        ]  # fmt: skip
-        covered = matched.any(0).tolist()
-        answer = c.extract_answer([s.text for s in steps], record["choices"])
-        predictions.append(record | {
-            "response": generation.text, "prediction": answer, "answer_correct": c.same_answer(answer, record["answer"]),
-            "sentences": sentences, "covered": {"image": covered[:n_image], "reasoning": covered[n_image:]},
-        })  # fmt: skip
-    return predictions
+        common.usage_error(f"no such folder: {args.ckpt}")
+    if (ckpt / "run.json").exists():
+        setup = common.read_run(ckpt)["setup"]
+    elif (ckpt / "config.json").exists():
+        setup = dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | {"data": "digits", "cache": "cache"}
+        setup |= {"noise_scale": 1.0, "world_seed": args.seed}
+    else:
+        common.usage_error(f"{args.ckpt} holds neither a model nor a run of warmup.py or ppo.py")
+    given = {name: getattr(args, name) for name in ("data", "data_dir", "noise_scale", "cache")}
+    setup |= {name: value for name, value in given.items() if value is not None}
+    return setup | {"matcher": setup["matcher"] or ("exact" if setup["data"].startswith("digits") else common.CROSS_ENCODER)}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    setup, out = read_setup(args), Path(args.out)
-    c.fill_defaults(args, DEFAULTS, setup)
-    if c.start_run("evaluate", args, "metrics.json", setup):
+    setup = read_setup(args)
+    common.fill_defaults(args, FLAGS, setup["data"])
+    run = common.Run("evaluate", args, setup)
+    if run.finished:
         return
-    records = c.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
-    c.statement_encoder = setup.get("statement_encoder")
-    matcher, path = c.Matcher(setup["matcher"], device=args.device), out / "predictions.jsonl"
-    model, processor = c.load_model(args.ckpt, args)
-    predictions = c.read_jsonl(path) if path.exists() else []
-    bar = tqdm(total=len(records), initial=len(predictions), desc="evaluate")
-    while len(predictions) < len(records):
-        batch = records[len(predictions) : len(predictions) + args.batch_size]
-        predictions += predict(model, processor, batch, matcher, args.max_new_tokens, args.seed)
-        c.append_jsonl(path, predictions[-len(batch) :])
-        bar.update(len(batch))
-        bar.set_postfix(accuracy=f"{np.mean([p['answer_correct'] for p in predictions]):.3f}")
-    bar.close()
-    metrics = compute_metrics(predictions)
-    plot_reliability(predictions, out / "reliability.png")
-    write_report(predictions, metrics, out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
-    print(format_table({str(args.ckpt): metrics}))
-    c.write_json(out / "metrics.json", metrics)
+    records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
+    matcher, reader = common.Matcher(setup["matcher"], device=run.device), common.StatementReader(setup["statement_encoder"])
+    vlm = common.load_model(args.ckpt, args, run.device)
+
+    def answer(batch: list[dict], start: int) -> list[dict]:
+        return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed)
+
+    right = lambda prediction: [prediction["answer_correct"]]  # noqa: E731
+    predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer, right)
+    if run.accelerator.is_main_process:
+        metrics = compute_metrics(predictions)
+        plot_reliability(predictions, run.out / "reliability.png")
+        write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
+        print(format_table({str(args.ckpt): metrics}))
+        common.write_json(run.out / "metrics.json", metrics)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -19,125 +19,134 @@ Choices beyond the paper
     python warmup.py --explore 0                      # the paper's data, without exploration
 """
 
-import argparse
+import functools
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from accelerate import Accelerator
 
-import common as c
+import common
+from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, RUN_FLAGS, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
-# What is left out on the command line: (digits, real models as in App. B)
-DEFAULTS = {
-    "statements_per_level": (8, 40), "lr": (3e-3, 1e-4), "batch_size": (32, 16), "epochs": (6, 1), "lora_rank": (0, 16),
-    "micro_batch": (64, 4),
-}  # fmt: skip
+FLAGS = {
+    "run": {
+        "estimate": (TEXT, "estimate", "folder that estimate.py wrote"),
+        "out": (TEXT, "warmup", "folder to write"),
+        **RUN_FLAGS,
+        **TRAINING_FLAGS,
+    },
+    "data": {
+        "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
+        "statements_per_level": (
+            Kind(int, range(1, 41).__contains__, "must lie between 1 and 40"),
+            8,
+            40,
+            "how many of the pool's 40 are used, evenly spaced",
+        ),
+        "explore": (SHARE, 0.4, "share of statements moved to a neighbouring level"),
+    },
+    "training": {
+        "epochs": (COUNT, 6, 1, "passes over the responses"),
+        "batch_size": (COUNT, 32, 16, "responses an optimizer step"),
+        "micro_batch": (COUNT, 64, 4, "responses a forward pass; changes memory, not the result"),
+        "lr": (POSITIVE, 3e-3, 1e-4, "peak learning rate of AdamW"),
+        "warmup_ratio": (SHARE, 0.1, "share of steps with rising learning rate"),
+        "lora_rank": (NATURAL, 0, 16, "rank of a new LoRA adapter; 0 trains all weights"),
+        "lora_alpha": (POSITIVE, None, "scale of the adapter (default: twice the rank)"),
+        "lora_dropout": (SHARE, 0.0, "of the adapter, in warm-up only"),
+        "lora_targets": (TEXT, LORA_TARGETS, "regular expression of the layers that get it"),
+        "save_every": (COUNT, 50, "steps between checkpoints"),
+    },
+}
+parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
+NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in range(1, N_LEVELS + 1)}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = c.Parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--estimate", default="estimate", help="folder that estimate.py wrote (default: %(default)s/)")
-    data.add_argument("--no-statements", action="store_true", help="write the numeric level instead of a statement")
-    data.add_argument("--statements-per-level", type=int, help="how many of the pool's 40 are used, evenly spaced (8 / 40)")
-    data.add_argument("--explore", type=float, default=0.4, help="share of statements moved to a neighbouring level (default: 0.4)")
-    training = parser.add_argument_group("training (defaults: digits / other data)")
-    training.add_argument("--epochs", type=int, help="passes over the responses (6 / 1)")
-    training.add_argument("--batch-size", type=int, help="responses an optimizer step (32 / 16)")
-    training.add_argument("--micro-batch", type=int, help="responses a forward pass; changes memory, not the result (64 / 4)")
-    training.add_argument("--lr", type=float, help="peak learning rate of AdamW (3e-3 / 1e-4)")
-    training.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps with rising learning rate (0.1)")
-    c.add_training_arguments(training)
-    training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
-    c.add_run_arguments(parser.add_argument_group("run"), out="warmup")
-    args = parser.parse_args(argv)
-    problems = c.positive(args, "epochs", "batch_size", "micro_batch", "lr", "save_every", "statements_per_level")
-    if (args.statements_per_level or 0) > 40:
-        problems.append("--statements-per-level must not exceed 40")
-    if not 0 <= args.explore <= 1:
-        problems.append("--explore must lie between 0 and 1")
-    c.usage_error(*problems)
-    return args
+def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]]) -> str:
+    """The chain with a random statement of its level after each sentence; `StatementReader.parse` is the way back.
+
+    "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
+    statement that starts with a capital follows as a sentence of its own."""
+    parts = []
+    for sentence, level in zip(sentences, levels, strict=True):
+        statement = pool[level][rng.integers(len(pool[level]))]
+        if statement[0].islower() and sentence.endswith("."):
+            parts.append(f"{sentence[:-1]}, {statement}")
+        else:
+            parts.append(f"{sentence} {statement[0].upper()}{statement[1:]}")
+    return " ".join(parts)  # eq. 2
 
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
     """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or a neighbouring one)."""
-    levels = [s["level"] + (int(rng.choice([-1, 1])) if rng.random() < explore else 0) for s in line["sentences"]]
-    levels = [min(max(level, 1), c.N_LEVELS) for level in levels]
-    return c.insert([s["text"] for s in line["sentences"]], levels, rng, pool)
+    levels = []
+    for sentence in line["sentences"]:
+        moved = int(rng.choice([-1, 1])) if rng.random() < explore else 0
+        levels.append(min(max(sentence["level"] + moved, 1), N_LEVELS))
+    return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool)
 
 
-def train_step(model, processor, records: list[dict], texts: list[str], optimizer, micro_batch: int) -> float:
-    """One optimizer step; the loss is normalised by the tokens of the whole batch, so that neither micro-batches nor processes
-    (each takes its share of the batch) change anything."""
-    ids = c.response_ids(processor, texts)
-    total, loss_sum = sum(map(len, ids)), torch.zeros(())
-    records, ids = c.share(records), c.share(ids)
+def train_step(
+    vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator: Accelerator
+) -> tuple[float, float]:
+    """One optimizer step -> loss and gradient norm. The loss is normalised by the tokens of the whole batch, so that neither
+    micro-batches nor processes (each takes its share of the batch) change anything."""
+    ids = common.response_ids(vlm, texts)
+    n_tokens, loss_sum = sum(map(len, ids)), torch.zeros((), device=vlm.model.device)
     optimizer.zero_grad()
-    for i in range(0, len(records), micro_batch):
-        batch = c.collate(processor, records[i : i + micro_batch], ids[i : i + micro_batch], model.device)
-        loss = c.sft_loss(model, batch) * batch.mask.sum() / total
-        loss.backward()
-        loss_sum += loss.detach().cpu()
-    c.sum_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with accelerator.split_between_processes(list(zip(records, ids, strict=True))) as mine:
+        for part in common.chunks(mine, micro_batch):
+            batch = common.collate(vlm, *zip(*part, strict=True))
+            loss = common.sft_loss(vlm, batch) * batch.mask.sum() / n_tokens  # eq. 9
+            loss.backward()
+            loss_sum += loss.detach()
+    common.sum_gradients(accelerator, vlm.model)
+    norm = torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
     optimizer.step()
-    return c.total(loss_sum.to(model.device)).item()
-
-
-def plot(log: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([r["step"] for r in log], [r["loss"] for r in log], linewidth=1)
-    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", title="warm-up")
-    figure.savefig(path, dpi=120)
+    return accelerator.reduce(loss_sum, "sum").item(), norm.item()
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    setup = c.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
-    c.fill_defaults(args, DEFAULTS, setup)
-    c.join_processes(args)
-    if c.start_run("warmup", args, "done", setup):
+    setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
+    common.fill_defaults(args, FLAGS, setup["data"])
+    common.usage_error(*common.indivisible(args))
+    run = common.Run("warmup", args, setup)
+    if run.finished:
         return
-    out, folder = Path(args.out), Path(args.estimate)
-    lines = [line for line in c.read_jsonl(folder / "responses.jsonl") if line["sentences"]]
-    pool = c.NUMERIC_STATEMENTS
-    if not args.no_statements:
-        pool = {level: texts[:: len(texts) // args.statements_per_level] for level, texts in c.load_statements().items()}
-    shutil.copy(folder / "confidence.json", out)
-    first = [add_statements(x, np.random.default_rng([args.seed, 0, i]), pool, args.explore) for i, x in enumerate(lines)]
-    keep = ("id", "image", "question", "answer", "choices", "reference")
-    c.write_jsonl(out / "sft.jsonl", [{k: x[k] for k in keep} | {"text": text} for x, text in zip(lines, first, strict=True)])
+    lines = [line for line in common.read_jsonl(Path(args.estimate, "responses.jsonl")) if line["sentences"]]
+    pool, n = common.load_statements(), args.statements_per_level
+    pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in pool.items()}
+    pool = NUMERIC_STATEMENTS if args.no_statements else pool
+
+    def text_of(epoch: int, i: int) -> str:
+        return add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore)
+
+    run.write(lambda path: shutil.copy(Path(args.estimate, path.name), path), "confidence.json")
+    kept = ("id", "image", "question", "answer", "choices", "reference")
+    questions = [{name: line[name] for name in kept} | {"text": text_of(0, i)} for i, line in enumerate(lines)]
+    run.write(common.write_jsonl, "sft.jsonl", questions)
+
     torch.manual_seed(args.seed)
-    model, processor = c.load_model(setup["model"], args, trainable=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    vlm = common.load_model(setup["model"], args, run.device, trainable=True)
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(lines) // args.batch_size)
-    steps = args.epochs * per_epoch
-    start = c.load_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer})
-    log = c.read_jsonl(out / "log.jsonl")[:start] if start else []
-    c.write_jsonl(out / "log.jsonl", log)
-    bar = tqdm(range(start, steps), desc="warm-up", initial=start, total=steps)
-    for step in bar:
+    training = common.Training(run, {"model": vlm.model}, {"model": optimizer}, args.epochs * per_epoch, args.save_every)
+    for step in training:
         began, (epoch, position) = time.time(), divmod(step, per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(lines))
         rows = order[position * args.batch_size : (position + 1) * args.batch_size]
-        texts = [add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore) for i in rows]
-        c.warmup_then_linear(optimizer, step, steps, [args.lr], args.warmup_ratio)
-        loss = train_step(model, processor, [lines[i] for i in rows], texts, optimizer, args.micro_batch)
-        log.append({"step": step, "loss": loss, "seconds": round(time.time() - began, 3)})
-        c.append_jsonl(out / "log.jsonl", log[-1:])
-        bar.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % args.save_every == 0:
-            c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, step + 1)
-    c.save_model(model, processor, out)
-    plot(log, out / "training.png")
-    c.save_checkpoint(out / "trainer_state.pt", {"model": model}, {"model": optimizer}, steps)
-    (out / "done").touch()
+        common.set_learning_rate(optimizer, args.lr, step, training.steps, args.warmup_ratio)
+        records, texts = [lines[i] for i in rows], [text_of(epoch, i) for i in rows]
+        loss, norm = train_step(vlm, records, texts, optimizer, args.micro_batch, run.accelerator)
+        row = {"step": step, "loss": loss, "grad_norm": norm, "seconds": round(time.time() - began, 3)}
+        training.record(row, "loss")
+    run.write(common.plot_log, "training.png", training.log, {"warm-up: nats a token": ("loss",)})
+    run.write(lambda folder: common.save_model(vlm, folder), "")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from benchmark import machine, report
 
-import common as c
+import common
+import estimate
 
 
 def token_statistics(args) -> None:
@@ -30,7 +31,11 @@ def token_statistics(args) -> None:
         logp = head(hidden).log_softmax(-1)
         return logp.gather(-1, targets[:, None]), -(logp.exp() * logp).sum(-1)
 
-    variants = {"bare matrix product": bare, "ours": lambda: c.head_statistics(hidden, head, targets), "naive": naive}
+    variants = {
+        "bare matrix product": bare,
+        "ours": lambda: common.HeadStatistics.apply(hidden, head.weight, targets),
+        "naive": naive,
+    }
     with torch.no_grad():
         report(f"token statistics, {args.tokens} tokens x {args.vocab:,}", variants, "bare matrix product", args.runs)
     hidden, head = hidden[: args.tokens // 4].requires_grad_(), head.requires_grad_(False)
@@ -46,41 +51,39 @@ def token_statistics(args) -> None:
         (logp.gather(-1, targets[:, None]).sum() - (logp.exp() * logp).sum()).backward()
 
     variants = {"bare matrix products": bare_gradient, "plain": plain}
-    variants["ours"] = lambda: sum(x.sum() for x in c.head_statistics(hidden, head, targets)).backward()
+    variants["ours"] = lambda: sum(x.sum() for x in common.HeadStatistics.apply(hidden, head.weight, targets)).backward()
     report(f"... with gradient, {len(hidden)} tokens", variants, "bare matrix products", args.runs)
 
 
 def generation(args) -> None:
-    """Sampling with and without statistics, the same tokens."""
-    from transformers import GenerationConfig
-
-    processor = c.build_digits_processor()
+    """Sampling alone, and with the statistics of one more pass over what was sampled."""
+    processor = estimate.build_digits_processor()
     torch.manual_seed(0)
-    model = c.build_digits_model(processor, hidden_size=args.width, layers=args.layers, vocab_size=args.generation_vocab).eval()
-    pixels = [c.draw_digits(np.random.default_rng(i), "base")[0] for i in range(args.batch)]
-    records = [{"image": c.to_image(x), "question": "?"} for x in pixels]
-    config = GenerationConfig(
-        max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0, eos_token_id=2, pad_token_id=0
-    )
-    batch = c.collate(processor, records)
+    model = estimate.build_digits_model(processor, hidden_size=args.width, layers=args.layers, vocab_size=args.generation_vocab)
+    vlm = common.make_vlm(model, processor)
+    vlm.end_tokens = [args.generation_vocab - 1]  # hardly ever sampled: all responses have the full length
+    pixels = [common.draw_digits(np.random.default_rng(i), "base")[0] for i in range(args.batch)]
+    prompts = common.collate(vlm, [{"image": common.to_image(x), "question": "?"} for x in pixels])
 
     @torch.no_grad()
-    def sample(recorder):
-        torch.manual_seed(1)
-        processors = [recorder] if recorder else []
-        return model.generate(**batch.inputs, generation_config=config, logits_processor=processors)
+    def plain():
+        return common.generate(vlm, prompts, 1.0, args.new_tokens, 0)
 
-    assert torch.equal(sample(None), sample(c.StatisticsRecorder(None)))
-    variants = {"plain generate": lambda: sample(None), "with statistics": lambda: sample(c.StatisticsRecorder(None))}
+    @torch.no_grad()
+    def measured():
+        with common.images_encoded_once(vlm):
+            return common.response_statistics(vlm, common.add_responses(vlm, prompts, plain()))
+
     size = f"{args.layers} layers of {args.width}, vocabulary {args.generation_vocab:,}"
-    report(f"generation, batch {args.batch}, {args.new_tokens} tokens, {size}", variants, "plain generate", args.runs, memory=False)
+    title = f"generation, batch {args.batch}, {args.new_tokens} tokens, {size}"
+    report(title, {"plain generate": plain, "with statistics": measured}, "plain generate", args.runs, memory=False)
 
 
 def build_cross_encoder(folder: Path) -> str:
     """A cross-encoder of MiniLM's size with random weights, with the tokenizer of the packaged sentence encoder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = c.sentence_encoder().model.tokenizer
+    tokenizer = common.sentence_encoder().model.tokenizer
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
         num_labels=1,
@@ -93,24 +96,26 @@ def build_cross_encoder(folder: Path) -> str:
 
 def relevance(args) -> None:
     """TokenSAR's leave-one-token-out similarities."""
-    digits = [(f, a, b) for f in c.FAMILIES for a in range(10) for b in range(10)]
-    chains = [(c.FAMILIES[f], s) for f, a, b in digits for s in c.chain({"reference": c.digit_chain(f, a, b)})]
+    digits = [(f, a, b) for f in common.FAMILIES for a in range(10) for b in range(10)]
+    chains = [
+        (common.FAMILIES[f], s) for f, a, b in digits for s in common.reference_chain({"reference": common.digit_chain(f, a, b)})
+    ]
     texts = list(dict.fromkeys(chains))
     groups = []
     for question, sentence in texts[:: max(1, len(texts) // args.sentences)][: args.sentences]:
         words = [m.span() for m in re.finditer(r"\s?\S+", sentence)]
-        groups.append(c.without_each_token(question, sentence, words))
+        groups.append(common.without_each_token(question, sentence, words))
     with tempfile.TemporaryDirectory() as folder:
-        relevance_by(c.Similarity(), "sentence embeddings", groups, args)
-        relevance_by(c.Similarity(build_cross_encoder(Path(folder))), "cross-encoder", groups, args)
+        relevance_by(common.Similarity(), "sentence embeddings", groups, args)
+        relevance_by(common.Similarity(build_cross_encoder(Path(folder))), "cross-encoder", groups, args)
 
 
-def relevance_by(similarity: c.Similarity, kind: str, groups: list[list[str]], args) -> None:
+def relevance_by(similarity: common.Similarity, kind: str, groups: list[list[str]], args) -> None:
     pairs = [(g[0], t) for g in groups for t in g[1:]]
 
     def ours():
-        similarity.cache.clear()
-        c.token_relevance(groups, similarity)
+        similarity.scores.clear()
+        common.token_relevance(groups, similarity)
 
     def bare():
         if similarity.cross_encoder:
@@ -126,7 +131,7 @@ def relevance_by(similarity: c.Similarity, kind: str, groups: list[list[str]], a
                 else:
                     similarity.encoder([group[0], *group[i : i + 10]])
 
-    variants = {"bare encoder": bare, "ours": ours, "ours, seen before": lambda: c.token_relevance(groups, similarity)}
+    variants = {"bare encoder": bare, "ours": ours, "ours, seen before": lambda: common.token_relevance(groups, similarity)}
     variants["one call a sentence"] = one_by_one
     title = f"TokenSAR by {kind}, {len(groups)} sentences, {len(pairs)} pairs"
     report(title, variants, "bare encoder", args.runs, memory=False, per=len(groups), unit="sentences")

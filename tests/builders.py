@@ -20,9 +20,10 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )  # fmt: skip
 
-import common as c
+import common
+import estimate
 
-VICUNA = c.CHAT_TEMPLATE
+VICUNA = estimate.CHAT_TEMPLATE
 MISTRAL = (
     "<s>{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}"
     "{% endif %}{% endfor %} [/INST]{% endfor %}"
@@ -35,7 +36,7 @@ QWEN = (
 
 
 def build_tokenizer(special: list[str], pad: str, eos: str) -> PreTrainedTokenizerFast:
-    statements = [s for texts in c.load_statements().values() for s in texts]
+    statements = [s for texts in common.load_statements().values() for s in texts]
     corpus = ["What is in the image? The cat sits on the red mat. So, the answer is cat. USER: ASSISTANT: Choices:", *statements]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

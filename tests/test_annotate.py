@@ -7,10 +7,12 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-import common as c
+import common
 import estimate
 
 pytest.importorskip("openai")
@@ -99,7 +101,7 @@ def make(tmp_path):
     def records(n):
         image = tmp_path / "images" / "000000000042.png"
         image.parent.mkdir(exist_ok=True)
-        c.to_image(c.draw_digits(c.np.random.default_rng(0), "train")[0]).save(image)
+        common.to_image(common.draw_digits(np.random.default_rng(0), "train")[0]).save(image)
         blank = {"image": str(image), "choices": ["7", "8"], "answer": "8", "answers": ["8", "eight"]}
         blank["reference"] = {"image": ["The key."], "reasoning": ["The key."]}
         return [{"id": f"q{i}", "question": f"What is {i} {{here}}?"} | blank for i in range(n)]
@@ -116,8 +118,12 @@ def args(tmp_path):
 
 
 def results(args):
-    out = c.Path(args.out)
-    return c.read_json(out / "train_mmb.json"), c.read_jsonl(out / "annotations.jsonl"), c.read_jsonl(out / "log.jsonl")
+    out = Path(args.out)
+    return (
+        common.read_json(out / "train_mmb.json"),
+        common.read_jsonl(out / "annotations.jsonl"),
+        common.read_jsonl(out / "log.jsonl"),
+    )
 
 
 def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
@@ -147,7 +153,7 @@ def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
     assert "The sky is blue." in second["text"] and "Rationale:" not in second["text"] and "The sky is blue." not in first["text"]
     for request in (first, second):
         prefix, data = request["url"].split(",")
-        assert prefix == "data:image/png;base64" and base64.b64decode(data) == c.Path(records[0]["image"]).read_bytes()
+        assert prefix == "data:image/png;base64" and base64.b64decode(data) == Path(records[0]["image"]).read_bytes()
     assert log == [{"requests": 6, "prompt_tokens": 600, "completion_tokens": 60, "cost": 0.0018}]
     printed = capsys.readouterr().out
     assert "3 of 3 chains written" in printed and "requests 6, prompt_tokens 600, completion_tokens 60, cost 0.0018" in printed
@@ -239,13 +245,13 @@ def test_a_killed_run_resumes(endpoint, make, args, cut):
     endpoint.delay, args.concurrency, records = 0.03, 2, make(12)
     process = multiprocessing.get_context("fork").Process(target=estimate.annotate, args=(records, args))
     process.start()
-    path = c.Path(args.out) / "annotations.jsonl"
+    path = Path(args.out) / "annotations.jsonl"
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and (not path.exists() or len(c.read_jsonl(path)) < 4):
+    while time.monotonic() < deadline and (not path.exists() or len(common.read_jsonl(path)) < 4):
         time.sleep(0.01)
     process.kill()
     process.join()
-    finished = {row["question_id"] for row in c.read_jsonl(path)}
+    finished = {row["question_id"] for row in common.read_jsonl(path)}
     assert 4 <= len(finished) < 12 and not path.with_name("train_mmb.json").exists()
     if cut:
         with open(path, "a") as file:
@@ -282,9 +288,9 @@ def test_the_key_is_in_no_file_and_no_message(endpoint, make, args, capfd, monke
         estimate.annotate(make(3), args)
     printed = "".join(capfd.readouterr())
     assert stopped.value.code == 2 and "gave up: Error code: 401 - " in printed and "Bearer ..." in printed and KEY not in printed
-    files = [path for path in c.Path(args.out).rglob("*") if path.is_file()]
+    files = [path for path in Path(args.out).rglob("*") if path.is_file()]
     names = {path.name for path in files}
-    assert names == {"config.json", "train_mmb.json", "annotations.jsonl", "log.jsonl"}
+    assert names == {"run.json", "train_mmb.json", "annotations.jsonl", "log.jsonl"}
     assert not any(KEY in path.read_text() or KEY in str(path) for path in files)
     assert len(results(args)[0]) == 2
 
@@ -303,17 +309,16 @@ def test_an_endpoint_that_fails_again_and_again_ends_the_run(endpoint, make, arg
     assert len(results(args)[0]) == 10 and results(args)[2][-1]["left out: BadRequestError"] == 10
 
 
-def test_usage_errors(make, args, monkeypatch, capsys):
+def test_usage_errors(monkeypatch, capsys, tmp_path):
     for url, key in ((None, None), ("localhost:8000", "two words"), ("http://", "k\u00e9y"), ("", "key\n")):
         for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", key)):
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        args.concurrency, args.price = 0, [1.0, -1.0]
         with pytest.raises(SystemExit) as stopped:
-            estimate.annotate(make(1), args)
+            estimate.main(["--annotate", "m", "--concurrency", "0", "--price", "1", "-1", "--out", str(tmp_path / "out")])
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and (not key or key not in error)
         assert all(text in error for text in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "--concurrency", "--price"))
-    assert not c.Path(args.out).exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_unusable_records(endpoint, make, args, capsys):
@@ -346,7 +351,7 @@ def test_strict_parsing(text, reason):
 
 
 def test_parsing():
-    text = json.dumps({"image": ["A  sign\u2028says \"Stop!\""], "reasoning": ["It is a STOP  sign (red)", "Is it?"]})
+    text = json.dumps({"image": ['A  sign\u2028says "Stop!"'], "reasoning": ["It is a STOP  sign (red)", "Is it?"]})
     expected = {"image": ['A sign says "Stop!"'], "reasoning": ["It is a STOP sign (red).", "Is it?"]}
     assert estimate.parse_chain(f"```\n{text}\n```\n", "Stop sign.") == expected
     assert estimate.parse_chain(json.dumps({"image": ["a"], "reasoning": ["So, the answer is <"]}), "<")

@@ -1,13 +1,15 @@
-"""Loaders of published annotation files. MMB_DATA may name a folder with the published aokvqa/val_mmb.json."""
+"""Loaders of published annotation files. MMB_DATA may name the folder with the published ones (default: ../shared/data)."""
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import common as c
+import common
+import evaluate
 
 CHAIN = {"Image_level": ["  A dog lies on\na sofa "], "Reasoning_level": ["Dogs like sofas!", "So, the answer is sleeping"]}
 
@@ -41,7 +43,7 @@ def error_of(capsys, *args, **kwargs) -> str:
     """The one line on stderr with which load_data exits."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        c.load_data(*args, **kwargs)
+        common.load_data(*args, **kwargs)
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and len(lines) == 1
     return lines[0]
@@ -50,13 +52,13 @@ def error_of(capsys, *args, **kwargs) -> str:
 def test_aokvqa_record(tmp_path):
     aokvqa(tmp_path, [aokvqa_row(377368)])
     for split in ("validation", "test"):
-        (record,) = c.load_data("aokvqa", tmp_path, split)
+        (record,) = common.load_data("aokvqa", tmp_path, split)
         assert record == {
             "id": "q377368", "image": str(tmp_path / "val2017/000000377368.jpg"), "question": "What does the dog do?",
             "choices": ["eating", "sleeping"], "answer": "sleeping", "answers": ["sleep"] * 10,
             "reference": {"image": ["A dog lies on a sofa."], "reasoning": ["Dogs like sofas!", "So, the answer is sleeping."]},
         }  # fmt: skip
-    assert c.prompt_text(record).startswith("What does the dog do? Choices: eating, sleeping.")
+    assert common.prompt_text(record).startswith("What does the dog do? Choices: eating, sleeping.")
 
 
 def test_lists_in_strings_and_choice_of_chain(tmp_path):
@@ -67,7 +69,7 @@ def test_lists_in_strings_and_choice_of_chain(tmp_path):
         aokvqa_row(3, keys_filtered=..., keys=raw),
         aokvqa_row(4, keys_filtered=None, keys=raw),
     ]
-    first, filtered, *unfiltered = c.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    first, filtered, *unfiltered = common.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
     assert first["choices"] == ["eating", "it's asleep"] and first["answer"] == "it's asleep" and first["answers"] == ["a", "b"]
     assert first["reference"] == filtered["reference"] and filtered["reference"]["image"] == ["A dog lies on a sofa."]
     assert [r["reference"]["image"] for r in unfiltered] == [["Raw."], ["Raw."]]
@@ -94,7 +96,7 @@ def test_bad_records_are_named_by_reason(tmp_path, capsys):
     rows += [None, "text", *(aokvqa_row(100 + n) for n in range(90)), aokvqa_row(200), aokvqa_row(201)]
     aokvqa(tmp_path, rows, missing=[200])
     (tmp_path / "val2017/000000000201.jpg").write_bytes((tmp_path / "val2017/000000000100.jpg").read_bytes()[:900])  # cut short
-    records = c.load_data("aokvqa", tmp_path, "validation", allow_bad_records=True)
+    records = common.load_data("aokvqa", tmp_path, "validation", allow_bad_records=True)
     assert [r["id"] for r in records] == [f"q{100 + n}" for n in range(90)] and not any("flaw" in r for r in records)
     printed, start = capsys.readouterr().out.splitlines(), 0
     for reason, kinds in FLAWS.items():
@@ -103,17 +105,17 @@ def test_bad_records_are_named_by_reason(tmp_path, capsys):
         assert line.startswith(f"{count} of {len(rows)} records left out") and f"q{start}" in line
         start += len(kinds)
     assert f"2 of {len(rows)} records left out: image missing or unreadable (q200, q201)" in printed
-    unchecked = c.load_data("aokvqa", tmp_path, "validation", require_images=False, allow_bad_records=True)
+    unchecked = common.load_data("aokvqa", tmp_path, "validation", require_images=False, allow_bad_records=True)
     assert [r["id"] for r in unchecked[-2:]] == ["q200", "q201"]
 
 
 def test_more_than_a_fifth_bad_ends_the_run(tmp_path, capsys):
     rows = [aokvqa_row(n, question="" if n < 2 else "What?") for n in range(10)]
-    assert len(c.load_data("aokvqa", aokvqa(tmp_path / "a", rows), "validation")) == 8  # exactly a fifth
+    assert len(common.load_data("aokvqa", aokvqa(tmp_path / "a", rows), "validation")) == 8  # exactly a fifth
     rows[2]["question"] = ""
     assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", aokvqa(tmp_path / "b", rows), "validation")
     assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", tmp_path / "b", "validation", limit=2)
-    assert len(c.load_data("aokvqa", tmp_path / "b", "validation", allow_bad_records=True)) == 7
+    assert len(common.load_data("aokvqa", tmp_path / "b", "validation", allow_bad_records=True)) == 7
     nothing = aokvqa(tmp_path / "c", [aokvqa_row(1, question="")])
     assert "1 of 1 records" in error_of(capsys, "aokvqa", nothing, "validation", allow_bad_records=True)
 
@@ -122,15 +124,15 @@ def test_limit_opens_no_further_image(tmp_path, monkeypatch):
     aokvqa(tmp_path, [aokvqa_row(n, question="" if n == 0 else "What?") for n in range(12)], missing=[2])
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
-    assert [r["id"] for r in c.load_data("aokvqa", tmp_path, "validation", limit=2)] == ["q1", "q3"]
+    assert [r["id"] for r in common.load_data("aokvqa", tmp_path, "validation", limit=2)] == ["q1", "q3"]
     assert len(opened) == 3  # the first row has no question, the image of the third is missing
     opened.clear()
-    assert len(c.load_data("aokvqa", tmp_path, "validation", require_images=False)) == 11 and not opened
+    assert len(common.load_data("aokvqa", tmp_path, "validation", require_images=False)) == 11 and not opened
 
 
 def test_duplicates_keep_apart(tmp_path):
     rows = [aokvqa_row(1, question="One?"), aokvqa_row(2), aokvqa_row(1, question="Two?"), aokvqa_row(1, question="Three?")]
-    records = c.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    records = common.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
     assert [(r["id"], r["question"][:3]) for r in records] == [("q1", "One"), ("q2", "Wha"), ("q1#2", "Two"), ("q1#3", "Thr")]
     assert records[0]["image"] == records[3]["image"]
 
@@ -138,12 +140,12 @@ def test_duplicates_keep_apart(tmp_path):
 def test_plain_aokvqa_reasons_with_rationales(tmp_path, capsys):
     write(tmp_path, "aokvqa_v1p0_train.json", [aokvqa_row(5, keys=..., keys_filtered=...)])
     picture(tmp_path / "images/train2017/000000000005.jpg")
-    (record,) = c.load_data("aokvqa", tmp_path)
+    (record,) = common.load_data("aokvqa", tmp_path)
     assert record["reference"] == {"image": [], "reasoning": ["It lies.", "Its eyes are shut.", "It sleeps."]}
     assert record["image"].endswith("000000000005.jpg")
     assert "aokvqa_v1p0_train.json holds no chains: the reference is its rationales" in capsys.readouterr().out
     write(tmp_path / "aokvqa", "train_mmb.json", [aokvqa_row(5)])  # the published chains go first, also in the data set's folder
-    assert c.load_data("aokvqa", tmp_path)[0]["reference"]["image"] == ["A dog lies on a sofa."]
+    assert common.load_data("aokvqa", tmp_path)[0]["reference"]["image"] == ["A dog lies on a sofa."]
     assert "no chains" not in capsys.readouterr().out
 
 
@@ -154,15 +156,15 @@ def test_scienceqa(tmp_path, capsys):
     write(tmp_path, "pid_splits.json", {"train": ["1", "2"], "val": ["3"], "test": ["4"]})
     for path in ("train/1", "val/3", "test/4"):
         picture(tmp_path / path / "image.png")
-    (record,) = c.load_data("scienceqa", tmp_path, "train")
+    (record,) = common.load_data("scienceqa", tmp_path, "train")
     assert "1 of 2 questions have no image" in capsys.readouterr().out
     assert (record["id"], record["answer"], record["answers"]) == ("1", "a magnet", ["a magnet"])
     assert record["question"] == "See it. Which?" and record["image"] == str(tmp_path / "train/1/image.png")
     assert record["reference"]["reasoning"] == ["Iron is drawn.", "Wood is not.", "It is drawn.", "So it is a magnet."]
-    assert [c.load_data("scienceqa", tmp_path, s)[0]["id"] for s in ("validation", "test")] == ["3", "4"]
+    assert [common.load_data("scienceqa", tmp_path, s)[0]["id"] for s in ("validation", "test")] == ["3", "4"]
     published = {"pid": 3, "question": "Which?", "choices": ["a magnet", "wood"], "answer": 1, "keys_filtered": CHAIN}
     write(tmp_path / "annotated_data/sciencevqa", "val_mmb.json", [published])
-    (record,) = c.load_data("scienceqa", tmp_path, "test")
+    (record,) = common.load_data("scienceqa", tmp_path, "test")
     assert record["id"] == "3" and record["answer"] == "wood" and record["reference"]["reasoning"][0] == "Dogs like sofas!"
 
 
@@ -175,7 +177,7 @@ def test_culturalvqa(tmp_path):
     write(tmp_path, "cvqa_mmb.json", rows)
     for path in ("0.png", "images/1.webp", "2.jpeg", "images/3.jpg"):
         picture(tmp_path / path)
-    records = c.load_data("culturalvqa", tmp_path, "test")
+    records = common.load_data("culturalvqa", tmp_path, "test")
     assert [r["answer"] for r in records] == ["warm", "warm", "a sponge cake or pound cake", "X"]
     assert records[2]["answers"] == ["a sponge cake or pound cake", "a sponge cake", "pound cake"] and records[0]["choices"] is None
     assert [os.path.relpath(r["image"], tmp_path) for r in records] == ["0.png", "images/1.webp", "2.jpeg", "images/3.jpg"]
@@ -208,14 +210,14 @@ def test_hub(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     line = error_of(capsys, "aokvqa", split="validation")
-    assert c.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json, with COCO 2017 images" in line
+    assert common.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json, with COCO 2017 images" in line
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: asked.append((args, kw)) or str(tmp_path))
     assert "expected cvqa_mmb.json" in error_of(capsys, "culturalvqa")  # a snapshot of an unknown layout
     aokvqa(tmp_path / "annotated_data/aokvqa", [aokvqa_row(1)])
-    assert [r["id"] for r in c.load_data("aokvqa", split="validation")] == ["q1"]
+    assert [r["id"] for r in common.load_data("aokvqa", split="validation")] == ["q1"]
     patterns = ["*aokvqa/*", "val_mmb.json", "aokvqa_v1p0_val.json"]
-    assert asked[-1] == ((c.HUB,), {"repo_type": "dataset", "allow_patterns": patterns})
+    assert asked[-1] == ((common.HUB,), {"repo_type": "dataset", "allow_patterns": patterns})
 
 
 @pytest.mark.parametrize("sentence, answer", [
@@ -227,8 +229,8 @@ def test_hub(tmp_path, monkeypatch, capsys):
     ("The answer is .", None),
 ])  # fmt: skip
 def test_direct_answers(sentence, answer):
-    assert c.extract_answer(["The answer is wrong.", sentence]) == answer
-    assert c.extract_answer([]) is None and c.extract_answer([], ["a"]) is None
+    assert common.extract_answer(["The answer is wrong.", sentence]) == answer
+    assert common.extract_answer([]) is None and common.extract_answer([], ["a"]) is None
 
 
 CHOICES = ["ice", "ice cream", "snow", "a t-shirt"]
@@ -243,27 +245,48 @@ CHOICES = ["ice", "ice cream", "snow", "a t-shirt"]
     ("The answer is not snow.", "not snow"), ("The answer is a nice dish.", "a nice dish"), ("A dog and a snowman(s).", None),
 ])  # fmt: skip
 def test_multiple_choice(sentence, answer):
-    assert c.extract_answer([sentence], CHOICES) == answer
+    assert common.extract_answer([sentence], CHOICES) == answer
 
 
 def test_choices_that_are_letters_or_empty():
-    assert c.extract_answer(["So, the answer is b"], ["s", "", "b", "f"]) == "b"
-    assert c.extract_answer(["It's a dog."], ["s", "", "b", "f"]) is None
+    assert common.extract_answer(["So, the answer is b"], ["s", "", "b", "f"]) == "b"
+    assert common.extract_answer(["It's a dog."], ["s", "", "b", "f"]) is None
 
 
 def test_direct_answer_score():
     answers = ["Hot Dog"] * 2 + ["a sausage"] + ["bun"] * 7
-    assert [c.direct_answer_score(p, answers) for p in ("hot dog.", "the sausage", "bun", "dog", None)] == [2 / 3, 1 / 3, 1, 0, 0]
-    assert c.direct_answer_score("pound cake", ["a sponge cake or pound cake", "a sponge cake", "pound cake"]) == 1
-    assert c.direct_answer_score("x", []) == 0 and c.same_answer("a 'hand pump'", "Hand pump.") and not c.same_answer(None, "x")
+    assert [evaluate.direct_answer_score(p, answers) for p in ("hot dog.", "the sausage", "bun", "dog", None)] == [
+        2 / 3,
+        1 / 3,
+        1,
+        0,
+        0,
+    ]
+    assert evaluate.direct_answer_score("pound cake", ["a sponge cake or pound cake", "a sponge cake", "pound cake"]) == 1
+    assert (
+        evaluate.direct_answer_score("x", []) == 0
+        and evaluate.same_answer("a 'hand pump'", "Hand pump.")
+        and not evaluate.same_answer(None, "x")
+    )
 
 
-@pytest.mark.skipif("MMB_DATA" not in os.environ, reason="MMB_DATA names no folder with the published files")
+DATA = Path(os.environ.get("MMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
+published = pytest.mark.skipif(not DATA.is_dir() and "MMB_DATA" not in os.environ, reason="the published files are not here")
+
+
+@published
 def test_published_aokvqa(capsys):
-    records = c.load_data("aokvqa", os.environ["MMB_DATA"], "validation", require_images=False)
+    records = common.load_data("aokvqa", DATA, "validation", require_images=False)
     printed = capsys.readouterr().out
     assert len(records) == 1123 and "28 of 1152 records left out: missing level" in printed
     assert "1 of 1152 records left out: empty chain (WapXzWUgE3zgx5n3fVGUjS)" in printed
     assert len({r["id"] for r in records}) == 1123 and sum("#" in r["id"] for r in records) == 8
-    named = [c.same_answer(c.extract_answer(r["reference"]["reasoning"], r["choices"]), r["answer"]) for r in records]
+    named = [evaluate.same_answer(common.extract_answer(r["reference"]["reasoning"], r["choices"]), r["answer"]) for r in records]
     assert sum(named) >= 1090  # the others misspell the choice, name none or name a wrong one
+
+
+@published
+def test_published_culturalvqa(capsys):
+    records = common.load_data("culturalvqa", DATA, "test", require_images=False)
+    assert len(records) == 719 and "75 of 800 records left out: no answer" in capsys.readouterr().out
+    assert all(r["answer"] and r["reference"]["image"] and r["reference"]["reasoning"] for r in records)

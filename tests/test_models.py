@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from builders import BUILDERS, llava_next_config, qwen2_vl_config
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import common as c
+import common
 import estimate
 import evaluate
 import ppo
@@ -47,67 +48,100 @@ def model(request, tmp_path_factory):
     return request.param, BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def load(path: str, *flags: str, trainable: bool = False):
-    return c.load_model(path, warmup.parse_args(["--device", "cpu", *flags]), trainable=trainable)
+def load(path: str, *flags: str, trainable: bool = False) -> common.VLM:
+    return common.load_model(path, warmup.parse_args(["--device", "cpu", *flags]), "cpu", trainable)
 
 
 def make_records(data):
-    return c.load_data("aokvqa", data)
+    return common.load_data("aokvqa", data)
 
 
 def test_image_tokens_and_padding(model, data):
-    """As many image tokens as the model makes features; statistics at generation, in a padded batch and alone are the same."""
-    policy, processor = load(model[1])
+    """As many image tokens as the model makes features; statistics in a padded batch, alone, and from plain logits are the same."""
+    vlm = load(model[1])
     records = make_records(data)
-    generations = c.generate(policy, processor, records, 1.0, 12, seed=0)
-    batch = c.collate(processor, records, [g.ids for g in generations])
-    counts = [int((row == processor.image_token_id).sum()) for row in batch.inputs["input_ids"]]
+    prompts = common.collate(vlm, records)
+    ids = common.generate(vlm, prompts, 1.0, 12, seed=0)
+    batch = common.add_responses(vlm, prompts, ids)
+    counts = [int((row == vlm.processor.image_token_id).sum()) for row in batch.inputs["input_ids"]]
     assert len(set(counts)) > 2 and min(counts) >= 1  # tiles, or a grid, that follow the shape of the image
     with torch.no_grad():
-        logprob, entropy, hidden = c.response_statistics(policy, batch)
-        full = policy(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        logprob, entropy, hidden = common.response_statistics(vlm, batch)
+        full = vlm.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
         assert torch.allclose(logprob[batch.mask], full.gather(-1, batch.responses[..., None]).squeeze(-1)[batch.mask], atol=1e-4)
-        for row, (record, generation) in enumerate(zip(records, generations, strict=True)):
-            n = len(generation.ids)
-            alone, alone_entropy, _ = c.response_statistics(policy, c.collate(processor, [record], [generation.ids]))
-            for padded, single, sampled in ((logprob, alone, generation.logprob), (entropy, alone_entropy, generation.entropy)):
-                assert torch.allclose(padded[row, :n], single[0], atol=1e-4) and torch.allclose(single[0], sampled, atol=1e-4)
+        for row, (record, tokens) in enumerate(zip(records, ids, strict=True)):
+            alone, alone_entropy, _ = common.response_statistics(vlm, common.collate(vlm, [record], [tokens]))
+            assert torch.allclose(logprob[row, : len(tokens)], alone[0], atol=1e-4)
+            assert torch.allclose(entropy[row, : len(tokens)], alone_entropy[0], atol=1e-4)
+
+
+def test_pictures_are_encoded_once(model, data):
+    """Inside `images_encoded_once` sampling and measuring share one pass of the image tower, with the same numbers."""
+    vlm, records = load(model[1]), make_records(data)[:3]
+    tower, calls = vlm.base.get_encoder(modality="image"), []
+    forward = tower.forward
+    prompts = common.collate(vlm, records)
+    plain = common.generate(vlm, prompts, 1.0, 6, seed=0)
+    with torch.no_grad():
+        expected = common.response_statistics(vlm, common.add_responses(vlm, prompts, plain))[0]
+        inner = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+        handle = inner.register_forward_hook(lambda *_: calls.append(0))
+        with common.images_encoded_once(vlm):
+            assert common.generate(vlm, prompts, 1.0, 6, seed=0) == plain
+            statistics = common.response_statistics(vlm, common.add_responses(vlm, prompts, plain))[0]
+    handle.remove()
+    assert len(calls) == 1 and torch.allclose(statistics, expected, atol=1e-5) and tower.forward == forward
 
 
 def test_prompt(model, data):
-    _, processor = load(model[1])
-    text = processor.tokenizer.decode(c.collate(processor, make_records(data)[:1]).inputs["input_ids"][0])
+    vlm = load(model[1])
+    text = vlm.tokenizer.decode(common.collate(vlm, make_records(data)[:1]).inputs["input_ids"][0])
     assert "What is it? Choices: cat, dog." in text and "short sentences that each state one fact" in text
 
 
-def test_lora_and_4bit_train(model, data, tmp_path):
+def test_only_the_end_tokens_of_a_sampler_are_kept(model, data, tmp_path):
+    """A model's own generation_config.json (repetition penalty, ...) changes no sample; any of its end tokens ends a response."""
+    vlm, records = load(model[1]), make_records(data)
+    ids = common.generate(vlm, common.collate(vlm, records), 1.0, 24, seed=0)
+    end = ids[0][5]
+    shutil.copytree(model[1], tmp_path / "model")
+    sampler = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 20, "top_k": 3, "temperature": 0.2}
+    sampler |= {"do_sample": True, "suppress_tokens": [ids[1][0]], "eos_token_id": [vlm.tokenizer.eos_token_id, end]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(sampler))
+    other = load(str(tmp_path / "model"))
+    assert set(other.end_tokens) >= {vlm.tokenizer.eos_token_id, end}
+    again = common.generate(other, common.collate(other, records), 1.0, 24, seed=0)
+    assert again[0] == ids[0][: ids[0].index(end) + 1]
+    for response, whole in zip(again, ids, strict=True):
+        assert response == whole[: len(response)] and end not in response[:-1]
+
+
+def test_lora_and_4bit_train(model, data, tmp_path, alone):
     """On a 4-bit base the adapter learns, nothing else moves; it loads with plain PEFT and gives the same logits."""
     from peft import PeftModel
 
-    policy, processor = load(model[1], "--lora-rank", "4", "--lora-alpha", "8", "--load-in-4bit", trainable=True)
-    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    vlm = load(model[1], "--lora-rank", "4", "--lora-alpha", "8", "--load-in-4bit", trainable=True)
+    trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and "language_model" in name for name in trained)
     assert len(trained) == 2 * 2 * 7  # A and B, two layers, seven linear layers each
     records = make_records(data)[:4]
     texts = ["So, the answer is cat."] * 4
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    batch = c.collate(processor, records, c.response_ids(processor, texts))
-    plain = policy(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
+    weights = [p for p in vlm.model.parameters() if p.requires_grad]
+    batch = common.collate(vlm, records, common.response_ids(vlm, texts))
+    plain = vlm.model(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(plain, batch.responses[batch.mask]), weights)
-    c.generate(policy, processor, records, 1.0, 2, seed=0)  # a pass without gradient must not end all gradients
-    for got, wanted in zip(torch.autograd.grad(c.sft_loss(policy, batch), weights), expected, strict=True):
+    common.generate(vlm, common.collate(vlm, records), 1.0, 2, seed=0)  # a pass without gradient must not end all gradients
+    for got, wanted in zip(torch.autograd.grad(common.sft_loss(vlm, batch), weights), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-4 * float(wanted.abs().max() + 1e-2))
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
-    losses = [warmup.train_step(policy, processor, records, texts, optimizer, 2) for _ in range(5)]
+    losses = [warmup.train_step(vlm, records, texts, optimizer, 2, alone)[0] for _ in range(5)]
     assert losses[-1] < losses[0] - 0.1
-    c.save_model(policy, processor, tmp_path)
+    common.save_model(vlm, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["base_model_name_or_path"] == model[1]
-    full, _ = load(model[1])
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model[1]), tmp_path).eval()
-    ours, _ = load(str(tmp_path))
     with torch.no_grad():
-        logits = [m(**batch.inputs).logits for m in (plain, ours, full)]
+        logits = [m(**batch.inputs).logits for m in (plain, load(str(tmp_path)).model, load(model[1]).model)]
     assert torch.allclose(logits[0], logits[1], atol=1e-5) and not torch.allclose(logits[0], logits[2], atol=1e-2)
 
 
@@ -118,8 +152,8 @@ def test_full_size_targets(model):
     assert 7e9 < sum(p.numel() for p in full.parameters()) < 9e9
     layers = full.config.get_text_config().num_hidden_layers
     linear = [n for n, m in full.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n]
-    args = argparse.Namespace(lora_rank=16, lora_alpha=None, lora_dropout=0.0, lora_targets=c.LORA_TARGETS)
-    adapted = c.add_lora(full, args)
+    args = argparse.Namespace(lora_rank=16, lora_alpha=None, lora_dropout=0.0, lora_targets=common.LORA_TARGETS)
+    adapted = common.add_lora(full, args)
     targets = [n for n, m in adapted.named_modules() if n.endswith(".base_layer")]
     assert len(targets) == len(linear) == 7 * layers
     assert not any("vision" in n or "visual" in n or "projector" in n or "merger" in n for n in targets)
@@ -129,23 +163,21 @@ def test_all_stages(model, data, cache, tmp_path):
     """estimate, warmup with LoRA, ppo and evaluate, as a researcher runs them, with --data-dir in place of the hub."""
     if model[0] == "llava-next-mistral":
         pytest.skip("differs from vicuna in the language model only, which the other tests cover")
-    out = {name: str(tmp_path / name) for name in ("e0", "e1", "e", "w", "p", "r")}
-    clip = c.digits_paths(cache, 0, 1.0)["clip"]
+    out = {name: str(tmp_path / name) for name in ("e", "w", "p", "r")}
+    clip = estimate.digits_paths(cache, 0, 1.0)["clip"]
     flags = ["--data", "aokvqa", "--data-dir", str(data), "--model", model[1], "--clip", clip, "--matcher", "exact"]
     flags += ["--max-new-tokens", "24", "--batch-size", "2", "--temperature", "1", "--device", "cpu"]
-    for i in (0, 1):
-        estimate.main([*flags, "--shard", f"{i}/2", "--out", out[f"e{i}"]])
-    estimate.main([*flags, "--merge", out["e0"], out["e1"], "--out", out["e"]])
-    lines = c.read_jsonl(Path(out["e"]) / "responses.jsonl")
+    estimate.main([*flags, "--out", out["e"]])
+    lines = common.read_jsonl(Path(out["e"]) / "responses.jsonl")
     assert [line["id"] for line in lines] == [f"q{i}" for i in range(len(SIZES))]
     sentences = [s for line in lines for s in line["sentences"]]
-    assert c.read_json(Path(out["e"]) / "confidence.json")["max"][0] == max(s["lnlp"] for s in sentences)
+    assert common.read_json(Path(out["e"]) / "confidence.json")["max"][0] == max(s["lnlp"] for s in sentences)
     run = ["--device", "cpu", "--gradient-checkpointing"]
     warmup.main(["--estimate", out["e"], "--batch-size", "2", "--lora-rank", "2", "--out", out["w"], *run])
     ppo.main(["--ckpt", out["w"], "--updates", "2", "--batch-size", "2", "--max-new-tokens", "20", "--out", out["p"], *run])
     assert sorted(p.name for p in Path(out["p"]).glob("*.safetensors")) == ["adapter_model.safetensors", "value_head.safetensors"]
     evaluate.main(["--ckpt", out["p"], "--max-new-tokens", "20", "--out", out["r"], "--device", "cpu"])
-    metrics = c.read_json(Path(out["r"]) / "metrics.json")
+    metrics = common.read_json(Path(out["r"]) / "metrics.json")
     assert metrics["n_questions"] == len(SIZES) and 0 <= metrics["direct_answer"] <= 1
 
 
@@ -168,7 +200,11 @@ def test_half_a_model(missing, tmp_path, capsys):
 def test_no_such_encoder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     none, cross = str(tmp_path / "none"), str(tmp_path / "cross-encoder" / "none")
-    cases = [(c.ClipScorer, "CLIP model", none), (c.Matcher, "cross-encoder", cross), (c.Similarity, "sentence encoder", none)]
+    cases = [
+        (common.ClipScorer, "CLIP model", none),
+        (common.Matcher, "cross-encoder", cross),
+        (common.Similarity, "sentence encoder", none),
+    ]
     for make, what, name in cases:
         with pytest.raises(SystemExit):
             make(name)

@@ -6,30 +6,33 @@ import numpy as np
 import pytest
 import torch
 
-import common as c
+import common
+import estimate
 import ppo
 import warmup
 
 
 @pytest.fixture(scope="module")
-def warm(base, records):
+def warm(base, records, alone):
     """A policy that states levels after its sentences: the tiny base model, fine-tuned for a few steps on its own chains."""
-    model, processor = copy.deepcopy(base[0]).requires_grad_(True), base[1]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    vlm = copy.deepcopy(base)
+    vlm.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=2e-3)
     rng = np.random.default_rng(0)
-    pool = {level: texts[:3] for level, texts in c.load_statements().items()}
+    pool = {level: texts[:3] for level, texts in common.load_statements().items()}
     for _ in range(70):
-        chains = [c.chain(r) for r in records]
-        texts = [c.insert(chain, rng.integers(1, 6, size=4), rng, pool) for chain in chains]
-        warmup.train_step(model, processor, records, texts, optimizer, micro_batch=12)
-    return model.eval(), processor
+        chains = [common.reference_chain(r) for r in records]
+        texts = [warmup.insert(chain, rng.integers(1, 6, size=4), rng, pool) for chain in chains]
+        warmup.train_step(vlm, records, texts, optimizer, 12, alone)
+    return vlm
 
 
 @pytest.fixture
 def models(warm):
     torch.manual_seed(0)
-    policy = copy.deepcopy(warm[0])
-    return ppo.Models(policy, copy.deepcopy(policy).requires_grad_(False), ppo.ValueHead(128), warm[1])
+    policy, reference = copy.deepcopy(warm), copy.deepcopy(warm)
+    reference.model.requires_grad_(False)
+    return ppo.Models(policy, reference, ppo.ValueHead(128))
 
 
 @pytest.fixture
@@ -77,37 +80,37 @@ def test_losses_against_a_loop():
         assert float(loss[i]) == pytest.approx(expected, rel=1e-4)
         assert float(diagnostics["clipfrac"][i]) == (abs(ratio - 1) > 0.2)
         assert float(diagnostics["approx_kl"][i]) == pytest.approx(ratio - 1 - np.log(ratio), abs=1e-4)
-    assert ppo.value_loss(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 2.0])).tolist() == [0.5, 4.5]
 
 
-def test_value_head_is_fitted():
+def test_value_head_is_fitted(alone):
     torch.manual_seed(0)
     head, hidden, known = ppo.ValueHead(8), torch.randn(600, 8), torch.randn(600, 3)
     returns = hidden[:, 0] * 2 + known[:, 1] + 1
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     assert head(hidden, known).abs().max() == 0  # starts at zero
-    ppo.fit_value(head, optimizer, hidden, known, returns, 200, seed=0)
+    loss = ppo.fit_value(head, optimizer, hidden, known, returns, 200, 0, alone)
+    assert 0 < loss < float(returns.var())
     assert float(((head(hidden, known).detach() - returns) ** 2).mean()) < 0.05 * float(returns.var())
 
 
-def fake_rollout(texts, n_reference=2):
+def fake_rollout(reader, texts, n_reference=2):
     """A rollout around given responses, one token a character and an end-of-sequence token."""
     offsets = [[(i, i + 1) for i in range(len(t))] + [(len(t), len(t))] for t in texts]
-    generations = [c.Generation([5] * len(t) + [2], t, o, None, None) for t, o in zip(texts, offsets, strict=True)]
-    width = max(len(g.ids) for g in generations)
-    mask = torch.arange(width) < torch.tensor([len(g.ids) for g in generations])[:, None]
+    responses = [common.Response([5] * len(t) + [2], t, o) for t, o in zip(texts, offsets, strict=True)]
+    width = max(len(r.ids) for r in responses)
+    mask = torch.arange(width) < torch.tensor([len(r.ids) for r in responses])[:, None]
     zeros = torch.zeros(mask.shape)
     record = {"reference": {"image": ["It is red."] * n_reference, "reasoning": []}}
-    return ppo.Rollout([record] * len(texts), generations, c.parse(texts), mask, mask & False, zeros, zeros, zeros)
+    return ppo.Rollout([record] * len(texts), responses, reader.parse(texts), mask, mask & False, zeros, zeros, zeros, zeros)
 
 
-def test_rewards(args):
+def test_rewards(args, reader):
     texts = [
         "It is red, and I trust this is correct. It is a car. I'm unsure about this.",  # levels 4, 1
         "It is red. It is a car, with total certainty.",  # none, level 5
         "",
     ]
-    roll = fake_rollout(texts)
+    roll = fake_rollout(reader, texts)
     judged = [(np.array([1, 0]), np.array([0.5, 0.0])), (np.array([1, 0]), np.array([1.0, 0.25])), (np.array([]), np.array([]))]
     args.alpha, args.beta, args.gamma = 2.0, 3.0, 5.0
     scores, parts = ppo.rewards(roll, judged, args)
@@ -125,17 +128,17 @@ def test_rewards(args):
     args.reward_placement = "end"
     ends, same = ppo.rewards(roll, judged, args)
     assert all(torch.equal(same[name], parts[name]) for name in parts)
-    for row, generation in enumerate(roll.generations):
-        last = len(generation.ids) - 1
+    for row, response in enumerate(roll.responses):
+        last = len(response.ids) - 1
         assert float(ends[row, last]) == pytest.approx(float(total[row]))
         assert not ends[row, :last].any() and not ends[row, last + 1 :].any()
 
 
-def test_an_extra_sentence_pays_for_itself(args):
+def test_an_extra_sentence_pays_for_itself(args, reader):
     """Placed rewards sum to R, and none depends on what is written after it: else a repeated sentence would look like a gain."""
     right, short = "It is red, and I trust this is correct.", "It is red, though I can't confirm this."
     texts = [short, f"{short} {right}", f"{short} {right} {right}"]  # one less than the reference, as many, one more
-    roll = fake_rollout(texts, n_reference=2)
+    roll = fake_rollout(reader, texts, n_reference=2)
     judged = [(np.ones(n, bool), np.ones(n)) for n in (1, 2, 3)]
     scores, parts = ppo.rewards(roll, judged, args)
     assert torch.allclose(scores.sum(1), sum(parts.values()))
@@ -145,23 +148,42 @@ def test_an_extra_sentence_pays_for_itself(args):
     assert extra == pytest.approx(float(scores[2].sum() - scores[1].sum()))
 
 
-def test_first_epoch_is_on_policy(models, records, args):
-    roll = ppo.rollout(models, records[:4], args, seed=3)
+def test_first_epoch_is_on_policy(models, records, args, reader, alone):
+    roll = ppo.rollout(models, reader, records[:4], args, seed=3)
     assert len(roll.records) == 12 and roll.records[0] == roll.records[2] != roll.records[3]
     assert torch.allclose(roll.logprob, roll.ref_logprob, atol=1e-5)  # the policy is still the warm-up policy: KL = 0
-    for row, generation in enumerate(roll.generations):  # the update's forward pass gives what was sampled from
-        assert torch.allclose(roll.logprob[row][roll.mask[row]], generation.logprob, atol=1e-4)
-    stats = ppo.update(models, ppo.make_optimizers(models, args)["policy"], roll, torch.randn(roll.mask.shape), args, seed=0)
+    batch = common.collate(models.policy, roll.records, [r.ids for r in roll.responses])
+    with torch.no_grad():
+        logp = models.policy.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+    assert torch.allclose(roll.logprob[roll.mask], logp.gather(-1, batch.responses[..., None]).squeeze(-1)[batch.mask], atol=1e-4)
+    assert torch.allclose(roll.entropy[roll.mask], -(logp.exp() * logp).sum(-1)[batch.mask], atol=1e-4)
+    optimizer = ppo.make_optimizers(models, args)["policy"]
+    stats = ppo.update(models, optimizer, roll, torch.randn(roll.mask.shape), args, 0, alone)
     assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0.0  # ratio = 1
 
 
-def test_statement_tokens(models, records, args):
-    roll = ppo.rollout(models, records[:2], args, seed=5)
+def test_a_rollout_prepares_and_encodes_its_pictures_once(models, records, args, reader, monkeypatch):
+    """Sampling, policy and reference share a collated batch and what the image tower sees in it."""
+    tower = models.policy.base.get_encoder(modality="image")
+    models.reference.base.model.vision_tower = tower
+    calls, forward, collate = [], tower.forward, common.collate
+    monkeypatch.setattr(tower, "forward", lambda *a, **k: calls.append("tower") or forward(*a, **k))
+    monkeypatch.setattr(common, "collate", lambda *a, **k: calls.append("collate") or collate(*a, **k))
+    args.generate_batch = 6
+    roll = ppo.rollout(models, reader, records[:4], args, seed=3)
+    assert sorted(calls) == ["collate", "collate", "tower", "tower"]
+    args.generate_batch = 12
+    assert ppo.rollout(models, reader, records[:2], args, seed=3).responses[0].ids == roll.responses[0].ids
+
+
+def test_statement_tokens(models, records, args, reader):
+    """The tokens marked are those of the statements and no others: each either stands in a statement or is its comma or stop."""
+    roll = ppo.rollout(models, reader, records[:2], args, seed=5)
     statements = 0
-    for row, (generation, steps) in enumerate(zip(roll.generations, roll.steps, strict=True)):
-        tokens = zip(generation.offsets, roll.statement[row].tolist(), strict=False)
-        marked = "".join(generation.text[a:b] for (a, b), is_statement in tokens if is_statement)
-        assert all(step.statement in marked for step in steps if step.statement)
+    for response, steps, marked in zip(roll.responses, roll.steps, roll.statement.tolist(), strict=True):
+        pieces = [response.text[a:b] for (a, b), is_statement in zip(response.offsets, marked, strict=False) if is_statement]
+        tails = [response.text[step.end : step.stop] for step in steps]
+        assert "".join(pieces).replace(" ", "") == "".join(tails).replace(" ", "")
         statements += sum(step.statement is not None for step in steps)
     assert statements > 10
 
@@ -170,8 +192,8 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_update_does_not_depend_on_padding_or_micro_batches(models, records, args):
-    roll = ppo.rollout(models, records[:4], args, seed=4)
+def test_update_does_not_depend_on_padding_or_micro_batches(models, records, args, reader, alone):
+    roll = ppo.rollout(models, reader, records[:4], args, seed=4)
     advantages = torch.randn(roll.mask.shape, generator=torch.Generator().manual_seed(0))
     trained = []
     for micro_batch, garbage in ((12, False), (5, False), (12, True)):
@@ -180,18 +202,20 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
         if garbage:
             other.logprob, given = (torch.where(roll.mask, x, 1e3) for x in (roll.logprob, advantages))
         args.micro_batch = micro_batch
-        ppo.update(twin, torch.optim.SGD(twin.policy.parameters(), lr=0.1), other, given, args, seed=0)
-        trained.append(flat(twin.policy))
-    assert (trained[0] - flat(models.policy)).abs().max() > 1e-3
+        ppo.update(twin, torch.optim.SGD(twin.policy.model.parameters(), lr=0.1), other, given, args, 0, alone)
+        trained.append(flat(twin.policy.model))
+    assert (trained[0] - flat(models.policy.model)).abs().max() > 1e-3
     assert torch.allclose(trained[0], trained[1], atol=1e-5) and torch.allclose(trained[0], trained[2], atol=1e-6)
 
 
-def test_a_planted_reward_is_learned(models, records, args):
+def test_a_planted_reward_is_learned(models, records, args, reader, alone):
     """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.minibatches, args.kl_coef = 12, 36, 6e-4, 2, 2, 0.01
     optimizers = ppo.make_optimizers(models, args)
-    history = [ppo.train_update(models, optimizers, records, judge_all_right, args, step, step == 0) for step in range(24)]
-    shares = [h["levels"]["5"] / max(1, sum(h["levels"].values())) for h in history]
+    history = []
+    for step in range(24):
+        history.append(ppo.train_update(models, optimizers, reader, judge_all_right, records, args, step, step == 0, alone))
+    shares = [h["level_5"] for h in history]
     assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
     assert np.mean([h["r_ec"] for h in history[-3:]]) > np.mean([h["r_ec"] for h in history[:3]]) + 0.2
     assert history[-1]["kl"] > history[0]["kl"] >= 0
@@ -199,65 +223,33 @@ def test_a_planted_reward_is_learned(models, records, args):
 
 def test_gradient_checkpointing_changes_nothing(base, records):
     """Less memory, the same gradient; and the model is back in eval mode to sample."""
-    model, processor = copy.deepcopy(base[0]), base[1]
-    batch = c.collate(processor, records[:3], c.response_ids(processor, ["The left digit is 3."] * 3))
+    vlm = copy.deepcopy(base)
+    batch = common.collate(vlm, records[:3], common.response_ids(vlm, ["The left digit is 3."] * 3))
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            c.enable_train_mode(model)
-        model.zero_grad()
-        c.sft_loss(model, batch).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.model.language_model.parameters()]))
-        assert model.training == checkpointing
+            common.enable_train_mode(vlm)
+        vlm.model.zero_grad()
+        common.sft_loss(vlm, batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in vlm.model.model.language_model.parameters()]))
+        assert vlm.model.training == checkpointing
     assert gradients[0].abs().max() > 1e-3 and torch.allclose(gradients[0], gradients[1], atol=1e-6)
-    c.generate(model, processor, records[:2], 1.0, 3, seed=0)
-    assert not model.training
+    common.generate(vlm, common.collate(vlm, records[:2]), 1.0, 3, seed=0)
+    assert not vlm.model.training
 
 
 def test_lora_dropout_in_warm_up_alone(cache, records, tmp_path):
     """Passes with gradient drop out in the warm-up; measuring never does, nor does a checkpoint that PPO goes on with."""
     flags = "--device cpu --lora-rank 4 --lora-dropout 0.5 --gradient-checkpointing".split()
-    model, processor = c.load_model(c.digits_paths(cache, 0, 1.0)["model"], warmup.parse_args(flags), trainable=True)
-    for name, parameter in model.named_parameters():
+    path = estimate.digits_paths(cache, 0, 1.0)["model"]
+    vlm = common.load_model(path, warmup.parse_args(flags), "cpu", trainable=True)
+    for name, parameter in vlm.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    c.save_model(model, processor, tmp_path)
-    batch = c.collate(processor, records[:3], c.response_ids(processor, ["The left digit is 3."] * 3))
-    policy = ppo.load_models(tmp_path, ppo.parse_args(["--device", "cpu", "--gradient-checkpointing"])).policy
+    common.save_model(vlm, tmp_path)
+    batch = common.collate(vlm, records[:3], common.response_ids(vlm, ["The left digit is 3."] * 3))
+    policy = ppo.load_models(tmp_path, ppo.parse_args(["--device", "cpu", "--gradient-checkpointing"]), "cpu").policy
     with torch.no_grad():
-        expected = c.response_statistics(model, batch)[0]
-    assert not torch.allclose(c.response_statistics(model, batch)[0], expected, atol=0.1)
-    assert torch.allclose(c.response_statistics(policy, batch)[0], expected, atol=1e-4)
-
-
-def test_memory_plan(cache, base, records):
-    """Weights to the byte, activations within 15% of what autograd saves in a real pass of the same size."""
-    folder, (model, processor) = c.digits_paths(cache, 0, 1.0)["model"], base
-    texts = ["The left digit is 3. " * 8] * 12
-    batch = c.collate(processor, records, c.response_ids(processor, texts))
-    model.requires_grad_(True)
-    held = {}
-
-    def count(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    embeds = torch.randn(*batch.inputs["input_ids"].shape, 128, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model.get_decoder()(inputs_embeds=embeds, attention_mask=batch.inputs["attention_mask"], use_cache=False)
-    flags = f"--dry-run --model {folder} --lora-rank 0 --micro-batch 12 --prompt-tokens {batch.start} --batch-size 4 --lr 1"
-    args = ppo.parse_args([*flags.split(), "--max-new-tokens", str(embeds.shape[1] - batch.start), "--generate-batch", "9"])
-    plan = ppo.memory_plan(args)
-    assert plan["weights"] == sum(p.numel() * 4 for p in model.parameters()) == plan["reference copy"]
-    assert plan["update: activations"] == pytest.approx(sum(x.nbytes() for x in held.values()), rel=0.15)
-    assert plan["sampling: KV cache"] == 2 * 5 * 9 * embeds.shape[1] * 128 * 4  # a layer more: the one that is being copied
-    assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if ": " not in k and k != "peak") + max(
-        sum(v for k, v in plan.items() if k.startswith(phase)) for phase in ("sampling: ", "update: ")))  # fmt: skip
-    args.lora_rank = 4
-    adapters = ppo.memory_plan(args)
-    assert adapters["gradients"] == 4 * 4 * 4 * (4 * (128 + 128) + 2 * (128 + 320) + (320 + 128))  # bytes, rank, layers, shapes
-    args.lora_targets = "nothing"
-    with pytest.raises(SystemExit) as error:
-        ppo.memory_plan(args)
-    assert error.value.code == 2
+        expected = common.response_statistics(vlm, batch)[0]
+    assert not torch.allclose(common.response_statistics(vlm, batch)[0], expected, atol=0.1)
+    assert torch.allclose(common.response_statistics(policy, batch)[0], expected, atol=1e-4)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common as c
+import common
 import estimate
+import evaluate
 import ppo
 import warmup
 
@@ -28,8 +29,9 @@ def run_two(script: str, *flags: str) -> None:
 def two(cache, tmp_path_factory):
     """estimate, then warmup and ppo with one process and with two, on the same batches."""
     folder = tmp_path_factory.mktemp("two")
-    flags = ["--limit", "16", "--batch-size", "16", "--max-new-tokens", "30", "--cache", str(cache), "--out", str(folder / "e")]
-    estimate.main([*flags, "--device", "cpu"])
+    flags = ["--limit", "20", "--batch-size", "6", "--max-new-tokens", "30", "--cache", str(cache), "--device", "cpu", "--out"]
+    estimate.main([*flags, str(folder / "e")])
+    run_two("estimate.py", *flags, str(folder / "e2"))
     flags = ["--estimate", str(folder / "e"), "--epochs", "6", "--batch-size", "8", "--save-every", "4", "--device", "cpu", "--out"]
     warmup.main([*flags, str(folder / "w1")])
     run_two("warmup.py", *flags, str(folder / "w2"))
@@ -37,17 +39,33 @@ def two(cache, tmp_path_factory):
     flags += ["--epochs", "1", "--max-new-tokens", "30", "--device", "cpu", "--ckpt", str(folder / "w1"), "--out"]
     ppo.main([*flags, str(folder / "p1")])
     run_two("ppo.py", *flags, str(folder / "p2"))
+    flags = [
+        "--ckpt",
+        str(folder / "w1"),
+        "--limit",
+        "7",
+        "--batch-size",
+        "3",
+        "--max-new-tokens",
+        "30",
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    evaluate.main([*flags, str(folder / "r")])
+    run_two("evaluate.py", *flags, str(folder / "r2"))
     return folder
 
 
 def test_the_joint_batch(two):
     """The same losses, rewards and weights as one process with the joint batch."""
-    losses = [[line["loss"] for line in c.read_jsonl(two / f"w{n}" / "log.jsonl")] for n in (1, 2)]
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-3)
-    [one], [both] = (c.read_jsonl(two / f"p{n}" / "log.jsonl") for n in (1, 2))
+    losses = [[line["loss"] for line in common.read_jsonl(two / f"w{n}" / "log.jsonl")] for n in (1, 2)]
+    assert len(losses[0]) == 18 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    [one], [both] = (common.read_jsonl(two / f"p{n}" / "log.jsonl") for n in (1, 2))
     for name in ("reward", "r_ka", "r_ec", "r_cs", "response_length"):
         assert both[name] == pytest.approx(one[name], abs=1e-4)
-    assert both["levels"] == one["levels"] and both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+    assert [both[f"level_{k}"] for k in range(1, 6)] == pytest.approx([one[f"level_{k}"] for k in range(1, 6)], abs=1e-6)
+    assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
     weights = [load_file(two / f"p{n}" / "model.safetensors") for n in (1, 2)]
     before = load_file(two / "w1" / "model.safetensors")
     moved = sum(float((weights[0][k] - before[k]).abs().sum()) for k in before)
@@ -55,14 +73,22 @@ def test_the_joint_batch(two):
     assert moved > 0 and apart < 0.1 * moved
 
 
+def test_questions_are_shared(two):
+    """Two processes answer what one answers, in its order."""
+    for a, b, name in (("e", "e2", "responses.jsonl"), ("r", "r2", "predictions.jsonl")):
+        one, both = (common.read_jsonl(two / folder / name) for folder in (a, b))
+        assert [(line["id"], line["response"]) for line in one] == [(line["id"], line["response"]) for line in both]
+    assert both == one and (two / "r" / "metrics.json").read_bytes() == (two / "r2" / "metrics.json").read_bytes()
+
+
 def test_one_process_writes(two):
     for n in (1, 2):
         assert sorted(p.name for p in (two / f"w{n}").iterdir()) == sorted(p.name for p in (two / "w1").iterdir())
-    assert torch.load(two / "w2" / "trainer_state.pt", weights_only=True)["step"] == 12
+    assert torch.load(two / "w2" / "trainer_state.pt", weights_only=True)["step"] == 18
 
 
 def test_a_batch_that_cannot_be_divided(two, monkeypatch, capsys):
-    monkeypatch.setattr(c, "world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as error:
         warmup.main(["--estimate", str(two / "e"), "--batch-size", "7", "--out", str(two / "x")])
     assert error.value.code == 2 and "--batch-size 7 cannot be divided among 2 processes" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import common as c
+import common
 import estimate
 import evaluate
 import ppo
@@ -34,25 +34,28 @@ def runs(cache, tmp_path_factory):
 
 
 def test_estimate(runs):
-    lines, confidence = c.read_jsonl(runs["estimate"] / "responses.jsonl"), c.read_json(runs["estimate"] / "confidence.json")
+    lines, confidence = (
+        common.read_jsonl(runs["estimate"] / "responses.jsonl"),
+        common.read_json(runs["estimate"] / "confidence.json"),
+    )
     assert len(lines) == 24 and not (runs["estimate"] / "partial.jsonl").exists()
     assert set(lines[0]) == {"id", "image", "question", "answer", "choices", "reference", "response", "sentences"}
     sentences = [s for line in lines for s in line["sentences"]]
     names = {"text", "start", "end", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
     assert len(sentences) > 24 and all(set(s) == names for s in sentences)
     for line in lines:
-        reference = c.chain(line)
+        reference = common.reference_chain(line)
         for s in line["sentences"]:
             assert line["response"][s["start"] : s["end"]] == s["text"].rstrip(".!? ") and s["correct"] == (s["text"] in reference)
             assert s["lnlp"] >= 1 and s["mte"] >= 0 and s["tokensar"] >= 0 and 0 <= s["clip"] <= 1 and 0 <= s["u"] <= 1
     u = np.array([s["u"] for s in sentences])
     assert [confidence["mean"], confidence["std"]] == pytest.approx([u.mean(), u.std()])
-    for name, low, high in zip(c.ESTIMATORS, confidence["min"], confidence["max"], strict=True):
+    for name, low, high in zip(common.ESTIMATORS, confidence["min"], confidence["max"], strict=True):
         values = [s[name] for s in sentences]
         assert (low, high) == (min(values), max(values))
     assert all(s["level"] == 5 - sum(s["u"] > e for e in confidence["edges"]) for s in sentences)
     assert (runs["estimate"] / "confidence.png").stat().st_size > 5000
-    config = c.read_json(runs["estimate"] / "config.json")
+    config = common.read_json(runs["estimate"] / "run.json")
     assert config["args"]["limit"] == 24 and config["args"]["temperature"] == 0.1 and config["versions"]["torch"]
 
 
@@ -77,7 +80,7 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
     with open(tmp_path / "e" / "partial.jsonl", "a") as file:
         file.write('{"id": "cut sho')  # as a killed process leaves it
     estimate.main(args)
-    for line, whole in zip(*(c.read_jsonl(f / "responses.jsonl") for f in (tmp_path / "e", runs["estimate"])), strict=True):
+    for line, whole in zip(*(common.read_jsonl(f / "responses.jsonl") for f in (tmp_path / "e", runs["estimate"])), strict=True):
         assert [line[k] for k in ("id", "response")] == [whole[k] for k in ("id", "response")]
         for s, t in zip(line["sentences"], whole["sentences"], strict=True):
             assert s == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in t.items()}
@@ -85,72 +88,78 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
 
 def test_estimate_given_responses(runs, cache, tmp_path, capsys):
     """--responses measures existing chains as it measures its own; unusable records are counted by reason."""
-    lines = c.read_jsonl(runs["estimate"] / "responses.jsonl")
+    lines = common.read_jsonl(runs["estimate"] / "responses.jsonl")
     given = [{k: line[k] for k in ("id", "image", "question", "response")} for line in lines]
-    c.write_jsonl(tmp_path / "given.jsonl", [*given, {"id": "x", "image": "nowhere.png", "question": "?", "response": "No."}])
+    common.write_jsonl(tmp_path / "given.jsonl", [*given, {"id": "x", "image": "nowhere.png", "question": "?", "response": "No."}])
     args = ["--responses", str(tmp_path / "given.jsonl"), "--cache", str(cache), "--batch-size", "7", "--out"]
     estimate.main([*args, str(tmp_path / "e")])
     assert "1 of 25 records left out: image missing or unreadable (x)" in capsys.readouterr().out
     whole = [line for line in lines if line["response"].rstrip().endswith(".")]  # ended by itself, not cut at the longest length
-    scored = {line["id"]: line for line in c.read_jsonl(tmp_path / "e" / "responses.jsonl")}
+    scored = {line["id"]: line for line in common.read_jsonl(tmp_path / "e" / "responses.jsonl")}
     assert len(scored) == 24 and len(whole) > 3
     for line in whole:
         for s, t in zip(scored[line["id"]]["sentences"], line["sentences"], strict=True):
             assert s["text"] == t["text"] and s["correct"] is None
-            assert [s[k] for k in c.ESTIMATORS] == pytest.approx([t[k] for k in c.ESTIMATORS], abs=1e-4)
-    c.write_jsonl(tmp_path / "bad.jsonl", [{"id": 1}, *given[:2]])
+            assert [s[k] for k in common.ESTIMATORS] == pytest.approx([t[k] for k in common.ESTIMATORS], abs=1e-4)
+    common.write_jsonl(tmp_path / "bad.jsonl", [{"id": 1}, *given[:2]])
     with pytest.raises(SystemExit) as error:
         estimate.main(["--responses", str(tmp_path / "bad.jsonl"), "--cache", str(cache), "--out", str(tmp_path / "f")])
     assert error.value.code == 2 and not (tmp_path / "f").exists()
 
 
-def test_warmup(runs):
+def test_warmup(runs, reader):
     folder = runs["warmup"]
-    lines, sft = c.read_jsonl(runs["estimate"] / "responses.jsonl"), c.read_jsonl(folder / "sft.jsonl")
+    lines, sft = common.read_jsonl(runs["estimate"] / "responses.jsonl"), common.read_jsonl(folder / "sft.jsonl")
     assert (folder / "confidence.json").read_text() == (runs["estimate"] / "confidence.json").read_text()
     lines = {line["id"]: line for line in lines}
     for row in sft:
-        steps, sentences = c.parse([row["text"]])[0], lines[row["id"]]["sentences"]
+        steps, sentences = reader.parse([row["text"]])[0], lines[row["id"]]["sentences"]
         assert len(steps) == len(sentences) and all(step.level for step in steps)
-    log = c.read_jsonl(folder / "log.jsonl")
+    log = common.read_jsonl(folder / "log.jsonl")
     assert [r["step"] for r in log] == list(range(9)) and log[-1]["loss"] < log[0]["loss"]
-    config = c.read_json(folder / "config.json")
-    assert config["stage"] == "warmup" and config["model_type"] == "llava"  # our keys and transformers' own in one file
+    assert common.read_json(folder / "run.json")["stage"] == "warmup"
     assert (folder / "model.safetensors").exists() and (folder / "training.png").exists()
 
 
-def test_statements_follow_the_levels():
+def test_statements_follow_the_levels(reader):
     line = {"sentences": [{"text": f"Sentence {i} is here.", "level": 1 + i % 5} for i in range(50)]}
-    pool = c.load_statements()
-    levels = [s.level for s in c.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=0.0)])[0]]
+    pool = common.load_statements()
+    levels = [s.level for s in reader.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=0.0)])[0]]
     assert levels == [s["level"] for s in line["sentences"]]
-    mixed = [s.level for s in c.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=1.0)])[0]]
+    mixed = [s.level for s in reader.parse([warmup.add_statements(line, np.random.default_rng(0), pool, explore=1.0)])[0]]
     assert set(mixed) == {1, 2, 3, 4, 5} and 0.05 < np.mean(np.array(mixed) == levels) < 0.5
-    numbers = warmup.add_statements(line, np.random.default_rng(0), c.NUMERIC_STATEMENTS, explore=0.0)
+    numbers = warmup.add_statements(line, np.random.default_rng(0), warmup.NUMERIC_STATEMENTS, explore=0.0)
     assert numbers.startswith("Sentence 0 is here, with confidence 1 of 5. Sentence 1")
 
 
 def test_which_tokens_carry_loss(base, records):
     """Exactly the tokens of the response and its end: not the prompt, the image or the padding."""
-    model, processor = base
     texts = ["The left digit is 3.", "The left digit is 3, and I trust this is correct."]
-    batch = c.collate(processor, records[:2], c.response_ids(processor, texts))
+    batch = common.collate(base, records[:2], common.response_ids(base, texts))
     for row, text in enumerate(texts):
         carried = batch.responses[row][batch.mask[row]].tolist()
-        assert processor.tokenizer.decode(carried) == text + processor.tokenizer.eos_token
+        assert base.tokenizer.decode(carried) == text + base.tokenizer.eos_token
         kept = batch.inputs["input_ids"][row, batch.start :][batch.mask[row]].tolist()
-        assert kept == carried and processor.image_token_id not in carried
+        assert kept == carried and base.processor.image_token_id not in carried
     with torch.no_grad():
-        logits = model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        logits = base.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
         picked = logits.gather(-1, batch.responses[..., None]).squeeze(-1)
         expected = -picked[batch.mask].mean()
-        assert float(c.sft_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+        assert float(common.sft_loss(base, batch)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_ppo(runs):
-    log = c.read_jsonl(runs["ppo"] / "log.jsonl")
+    log = common.read_jsonl(runs["ppo"] / "log.jsonl")
     keys = {"reward", "r_ka", "r_ec", "r_cs", "kl", "entropy", "policy_loss", "value_loss", "clipfrac", "approx_kl", "grad_norm"}
-    keys |= {"explained_variance", "response_length", "levels", "seconds_rollout", "seconds_reward", "seconds_update"}
+    keys |= {
+        "explained_variance",
+        "response_length",
+        "level_5",
+        "level_none",
+        "seconds_rollout",
+        "seconds_reward",
+        "seconds_update",
+    }
     assert len(log) == 2 and keys <= set(log[0])
     assert all(math.isfinite(v) for row in log for v in row.values() if isinstance(v, float))
     for row in log:
@@ -177,25 +186,29 @@ def test_interrupted_ppo_equals_uninterrupted(runs, tmp_path, monkeypatch):
     twin, whole = ((f / "model.safetensors").read_bytes() for f in (tmp_path / "p", runs["ppo"]))
     assert twin == whole
     strip = lambda rows: [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows]  # noqa: E731
-    assert strip(c.read_jsonl(tmp_path / "p" / "log.jsonl")) == strip(c.read_jsonl(runs["ppo"] / "log.jsonl"))
+    assert strip(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == strip(common.read_jsonl(runs["ppo"] / "log.jsonl"))
 
 
 def test_evaluate(runs, tmp_path):
-    metrics, predictions = c.read_json(runs["results"] / "metrics.json"), c.read_jsonl(runs["results"] / "predictions.jsonl")
+    metrics, predictions = (
+        common.read_json(runs["results"] / "metrics.json"),
+        common.read_jsonl(runs["results"] / "predictions.jsonl"),
+    )
     assert metrics["n_questions"] == len(predictions) == 12
     assert metrics["n_sentences"] == sum(len(p["sentences"]) for p in predictions) == sum(metrics["level_histogram"].values())
     assert metrics["accuracy"] == pytest.approx(np.mean([p["prediction"] == p["answer"] for p in predictions]))
     assert all("-test-" in p["id"] for p in predictions)
-    for name in ("reliability.png", "report.html", "config.json"):
+    for name in ("reliability.png", "report.html", "run.json"):
         assert (runs["results"] / name).stat().st_size > 500
+    assert all((folder / "done").exists() for folder in runs.values())
     evaluate.main(["--ckpt", str(runs["ppo"]), "--limit", "12", "--max-new-tokens", "60", "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (runs["results"] / "metrics.json").read_bytes()
 
 
 def test_evaluate_a_base_model(cache, tmp_path):
-    model = c.digits_paths(cache, 0, 1.0)["model"]
+    model = estimate.digits_paths(cache, 0, 1.0)["model"]
     evaluate.main(["--ckpt", model, "--limit", "6", "--cache", str(cache), "--data", "digits-ood", "--out", str(tmp_path / "b")])
-    metrics = c.read_json(tmp_path / "b" / "metrics.json")
+    metrics = common.read_json(tmp_path / "b" / "metrics.json")
     assert metrics["n_questions"] == 6 and metrics["f1"] is not None
 
 
@@ -221,7 +234,7 @@ def test_lora_adapter(runs, tmp_path):
         ("estimate.py", "--data imagenet", "invalid choice"),
         ("estimate.py", "--responses nowhere.jsonl", "no such file: nowhere.jsonl"),
         ("warmup.py", "--estimate nowhere", "no such folder: nowhere/"),
-        ("warmup.py", "--explore 2 --lr -1", "--lr must be positive; --explore must lie between 0 and 1"),
+        ("warmup.py", "--explore 2 --lr -1", "--explore must lie between 0 and 1; --lr must be positive"),
         ("ppo.py", "--ckpt tests", "tests/ is not a finished run"),
         ("ppo.py", "--lam 1.5", "--lam must lie between 0 and 1"),
         ("evaluate.py", "--ckpt nowhere", "no such folder: nowhere"),
@@ -232,7 +245,7 @@ def test_usage_errors(script, flags, message, monkeypatch, capsys):
     """One line on stderr and exit code 2, before any weight is loaded."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script])
-    monkeypatch.setattr(c, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as error:
         importlib.import_module(script[:-3]).main(flags.split())
     out, err = capsys.readouterr()
