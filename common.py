@@ -10,7 +10,7 @@
     statements      from text to sentences and confidence statements                eq. 2
     matching        which sentences are right; the answer of a chain
 
-Read it next to the paper (MMBoundary, ACL 2025); `# eq. n` marks the line that is equation n.
+`# eq. n` marks the line that is equation n of the paper (MMBoundary, ACL 2025).
 
 Choices beyond the paper
  1. Every U is an uncertainty (0 = certain), so U_CLIPScore = 1 - max(cos, 0): eq. 6 prints the similarity, which would work
@@ -121,10 +121,8 @@ def usage_error(*problems: str) -> None:
 def parse_flags(
     doc: str, groups: dict[str, dict], argv: list[str] | None = None, check: Callable = lambda args: []
 ) -> argparse.Namespace:
-    """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}; --help shows the script's docstring.
-
-    A flag with two defaults that was left out stays None until `fill_defaults` knows the data. All problems, those that
-    `check(args)` returns included, end the run in one line (exit code 2)."""
+    """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}. All problems, those that `check(args)`
+    returns included, end the run in one line (exit code 2). A flag with two defaults stays None until `fill_defaults`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for title, flags in groups.items():
@@ -223,9 +221,8 @@ def read_run(folder: str | Path, *needed: str) -> dict:
 class Run:
     """An open run folder and the processes that work on it (`torchrun`, `accelerate launch`); only the main one writes.
 
-    setup: data, models and matcher, handed from stage to stage in the record run.json. A folder that holds anything else than
-    the same run is never touched without --overwrite (exit code 2). `finished`: the same run already ended here.
-    free: flags that may change from one call to the next."""
+    setup: data, models and matcher, handed from stage to stage in run.json. A folder that holds anything else than the same run
+    (`free` flags may differ) is never touched without --overwrite (exit code 2). `finished`: it already ended here."""
 
     def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
         self.stage, self.out, tracker = stage, Path(args.out), getattr(args, "tracker", None)
@@ -283,9 +280,8 @@ def indivisible(args: argparse.Namespace) -> list[str]:
 
 
 def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable, right: Callable) -> list[dict]:
-    """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name` batch by batch, so that the
-    same command goes on after the last whole batch. Processes take the batches in turn; what a batch gives depends on its start
-    alone. right(line) -> outcomes, True, False or None, of which the share of True is shown."""
+    """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name`, so that the same command
+    goes on after the last whole batch. Processes take batches in turn. The share of True in all `right(line)` is shown."""
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
     run.write(write_jsonl, name, lines)
@@ -479,9 +475,8 @@ def load_data(
     """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference"}].
 
     Validation and test both read the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Only the
-    original ScienceQA has its own test split; CulturalVQA is one file. Without data_dir the Hugging Face hub is asked. Missing or
-    unreadable files, and too many bad records (see `usable`), exit with code 2. digits are drawn as `world` says (its cache,
-    world_seed and noise_scale)."""
+    original ScienceQA has its own test split; CulturalVQA is one file. Without data_dir the Hugging Face hub is asked. What cannot
+    be read exits with code 2. digits are drawn as `world` says (cache, world_seed, noise_scale)."""
     if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
     if name not in PUBLISHED or split not in SPLITS:
@@ -1033,8 +1028,7 @@ sentence_encoder = functools.cache(SentenceEncoder)  # one of each in a run
 class Similarity:
     """Similarities of pairs of texts in bulk: by a cross-encoder, or the cosine of sentence embeddings.
 
-    Each pair is scored once in the life of the object and, for embeddings, each text encoded once a call; both in order of length,
-    so that the texts of a batch need little padding."""
+    Each pair is scored once, and each text encoded once a call, in order of length, so that a batch needs little padding."""
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
         """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
@@ -1240,10 +1234,9 @@ class StatementReader:
     """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping).
 
     A statement of the pool has its own level. Any other wording is judged by its cosines to all statements, weighted by a support
-    vector machine fitted on the pool; a text whose largest cosine is below FLOOR, or that names an answer, is no statement. Two
-    additions to the paper: the means of the encoder's word embeddings and of its fourth layer join the sentence embedding (they
-    keep "not", "fully" and "fairly" apart), and every statement also votes without its opening "and", "but", ..., so that this
-    word alone decides little. FLOOR, GAMMA and C hold for all-MiniLM-L6-v2."""
+    vector machine fitted on the pool; a text whose largest cosine is below FLOOR, or that names an answer, is no statement. Beyond
+    the paper, the means of the encoder's word embeddings and of its fourth layer join the sentence embedding (they keep "not",
+    "fully" and "fairly" apart), and every statement also votes without its opening "and", "but", ..."""
 
     def __init__(self, encoder: str | None = None, device: str = "cpu"):
         self.encoder = sentence_encoder(encoder, device)

@@ -120,9 +120,7 @@ CHAT_TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-# Share of misread sentences in the base model's training chains: enough for doubt about a digit to show in later steps too, and
-# few enough for the chains to be learned.
-MISREAD = 0.35
+MISREAD = 0.35  # share of misread sentences in the base model's training: doubt shows later, and chains are still learned
 
 
 def build_digits_processor():
@@ -266,8 +264,7 @@ def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int
 
 
 def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
-    """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model (as in
-    LLaVA), stopped while it is still imperfect. Chains are partly misread, so that doubt about a digit shows in later steps too."""
+    """Supervised training of projector and language model on the base pool, over the frozen image tower of the CLIP model."""
     torch.manual_seed(seed)
     processor = build_digits_processor()
     model = build_digits_model(processor)
@@ -538,9 +535,8 @@ def main(argv: list[str] | None = None) -> None:
     setup = {name: getattr(args, name) for name in handed_on} | {"world_seed": args.seed}
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if args.responses:
-        records = common.usable(
-            common.read_jsonl(args.responses), ("image", "question", "response"), args.allow_bad_records, args.limit
-        )
+        given, needed = common.read_jsonl(args.responses), ("image", "question", "response")
+        records = common.usable(given, needed, args.allow_bad_records, args.limit)
         blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
         records = [{"id": i} | blank | record for i, record in enumerate(records)]
     else:

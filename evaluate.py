@@ -10,7 +10,6 @@ Choices beyond the paper
  1. MECE is not a proper score: E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
     Brier, a proper score, and its skill 1 - Brier/(p(1 - p)) stand beside it.
  2. The first sentences, as many as the reference has at the image level, count as the image level, the rest as reasoning.
- 3. ECE is Guo et al.'s with 10 equal-width bins.
 
     python evaluate.py --ckpt ppo/
     python evaluate.py --ckpt warmup/ --out results_warmup
@@ -371,9 +370,7 @@ def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
     return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
 
 
-def predict(
-    vlm: VLM, reader: common.StatementReader, matcher: common.Matcher, records: list[dict], max_new_tokens: int, seed: int
-) -> list[dict]:
+def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int, seed: int) -> list[dict]:
     """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl."""
     ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
     texts = [common.read_response(vlm.tokenizer, tokens).text for tokens in ids]

@@ -142,9 +142,7 @@ def reference_logprob(models: Models, batch: common.Batch) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(
-    models: Models, reader: common.StatementReader, questions: list[dict], args: argparse.Namespace, seed: int, first: int = 0
-) -> Rollout:
+def rollout(models: Models, reader, questions: list[dict], args, seed: int, first: int = 0) -> Rollout:
     """Sample args.samples responses a question from the policy, and keep what the update needs to know of them.
 
     first: how many responses of the same batch other processes draw before these, so that no two draw with the same seed."""
@@ -275,9 +273,7 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_r
     return loss, diagnostics
 
 
-def update(
-    models: Models, optimizer, roll: Rollout, advantages: Tensor, args: argparse.Namespace, seed: int, accelerator: Accelerator
-) -> dict:
+def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, seed: int, accelerator: Accelerator) -> dict:
     """args.epochs passes of args.minibatches optimizer steps of the policy -> means over all tokens of all steps.
 
     Losses are normalised by the tokens of the minibatch in all processes, whatever the micro-batch."""

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 import common
 from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, RUN_FLAGS, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
@@ -89,9 +88,7 @@ def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[st
     return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool)
 
 
-def train_step(
-    vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator: Accelerator
-) -> tuple[float, float]:
+def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator) -> tuple[float, float]:
     """One optimizer step -> loss and gradient norm. The loss is normalised by the tokens of the whole batch, so that neither
     micro-batches nor processes (each takes its share of the batch) change anything."""
     ids = common.response_ids(vlm, texts)
@@ -142,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         common.set_learning_rate(optimizer, args.lr, step, training.steps, args.warmup_ratio)
         records, texts = [lines[i] for i in rows], [text_of(epoch, i) for i in rows]
         loss, norm = train_step(vlm, records, texts, optimizer, args.micro_batch, run.accelerator)
-        row = {"step": step, "loss": loss, "grad_norm": norm, "seconds": round(time.time() - began, 3)}
-        training.record(row, "loss")
+        training.record({"step": step, "loss": loss, "grad_norm": norm, "seconds": time.time() - began}, "loss")
     run.write(common.plot_log, "training.png", training.log, {"warm-up: nats a token": ("loss",)})
     run.write(lambda folder: common.save_model(vlm, folder), "")
     run.finish()

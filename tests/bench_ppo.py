@@ -80,7 +80,7 @@ def main() -> None:
         return vlm.head(hidden)
 
     def passes():
-        """Generation, a forward pass of policy and of reference, and forward and backward passes of the policy; nothing computed."""
+        """Generation, a pass of policy and of reference, forward and backward passes of the policy; nothing else."""
         generate()
         with torch.no_grad():
             for batch in batches:
