@@ -233,7 +233,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     n_right, n_wrong = ([((confidence == value) & (correct == ok)).sum() for value in x] for ok in (1, 0))
     right.bar(x, n_right, 0.17, color="#009E73", label="right")
     bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
-    right.bar_label(bars)
+    right.bar_label(bars, labels=[a + b for a, b in zip(n_right, n_wrong, strict=True)])
     n_none = sum(sentence["level"] is None for p in predictions for sentence in p["sentences"])
     right.set(xlim=(-0.14, 1.14), ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
     right.legend(frameon=False)

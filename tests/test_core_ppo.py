@@ -435,3 +435,4 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
     assert changed and {id(p) for p in trained} >= {id(p) for n, p in models.policy.model.named_parameters() if n in changed}
     if lora:
         assert all("lora" in name and "reference" not in name for name in changed)
+        assert not any(p.requires_grad for name, p in models.policy.model.named_parameters() if "reference" in name)
