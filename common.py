@@ -233,9 +233,10 @@ class Run:
         if self.accelerator.is_main_process:
             resolved = {name: value for name, value in vars(args).items() if name not in ("overwrite", "tracker", *free)}
             self._take_folder(resolved, args.overwrite)
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+            git, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            record = {"stage": stage, "args": resolved, "setup": setup, "commit": git.stdout.strip() or None, "versions": versions}
+            record = {"stage": stage, "args": resolved, "setup": setup, "commit": commit, "versions": versions}
             write_json(self.out / "run.json", record)
         self.accelerator.wait_for_everyone()
         self.finished = (self.out / "done").exists()

@@ -94,11 +94,11 @@ def mece(predictions: list[dict]) -> float:
     """Multi-granular ECE: the mean over responses of the mean |correct - confidence| of their sentences (eq. 15). A response
     without any statement is left out (`coverage` stands beside it)."""
     errors = []
-    for p in predictions:
+    for p in predictions:  # eq. 15, whose inner mean is eq. 16 and whose outer mean is eq. 17
         confidence, correct = stated([p])
         if len(confidence):
             errors.append(mean(np.abs(correct - confidence)))  # eq. 16
-    return mean(errors)  # eq. 15, eq. 17
+    return mean(errors)  # eq. 17
 
 
 def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
@@ -165,7 +165,7 @@ def compute_metrics(predictions: list[dict]) -> dict:
     """metrics.json: plain ints, floats and None. ECE, AUROC and accuracy are of the answer, the rest of sentences."""
     confidence, correct = stated(predictions)
     answered = [p for p in predictions if p["sentences"] and p["sentences"][-1]["level"] is not None]
-    answer_confidence = [conf(p["sentences"][-1]["level"]) for p in answered]  # the c of eq. 1 is that of the last sentence
+    answer_confidence = [conf(p["sentences"][-1]["level"]) for p in answered]  # eq. 1: c is that of the last sentence
     answer_correct = [float(p["answer_correct"]) for p in answered]
     levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
     constant, constant_level = mece_constant(predictions)
