@@ -29,7 +29,7 @@ def loss(policy, processor, records, texts):
     return common.sft_loss(policy, common.collate(policy, records, [scripted.tokens(processor, t, end=True) for t in texts]))
 
 
-def measure(processor, records, texts, logprobs, entropies, cosines, similarities):
+def measure(processor, reader, records, texts, logprobs, entropies, cosines, similarities):
     """The four uncertainties of every sentence, one array (sentences, 4) a response.
 
     logprobs, entropies: of every token; cosines: {(image, sentence): CLIP's}; similarities: {text cut short: that to the whole}."""
@@ -38,11 +38,7 @@ def measure(processor, records, texts, logprobs, entropies, cosines, similaritie
     responses = [common.read_response(processor.tokenizer, scripted.tokens(processor, text, end=True)) for text in texts]
     assert [len(r.ids) for r in responses] == [len(row) for row in logprobs] == [len(row) for row in entropies]
     padded = [pad_sequence([torch.tensor(row) for row in rows], batch_first=True) for rows in (logprobs, entropies)]
-    return common.uncertainties(records, responses, common.StatementReader().parse(texts), *padded, clip, similarity)
-
-
-def matched(generated, references):
-    return [m.tolist() for m in common.Matcher("exact")(generated, references)]
+    return common.uncertainties(records, responses, reader.parse(texts), *padded, clip, similarity)
 
 
 # ----------------------------------------------------------------------------------------------------------- estimators
@@ -50,7 +46,7 @@ def matched(generated, references):
 LEAK = -1000.0  # of tokens that are no sentence's: the comma, the statement, the full stop, the end
 
 
-def test_uncertainties_by_hand(processor):
+def test_uncertainties_by_hand(processor, reader):
     """Two responses, three sentences; everything outside a sentence's own words would show."""
     texts = ["The left digit is 3, and I trust this is correct. 3 plus 5 is 8.", "So, the answer is 9, with total certainty."]
     logprobs = [
@@ -75,7 +71,7 @@ def test_uncertainties_by_hand(processor):
             cut["What? " + "".join(sentence[:i]) + "".join(sentence[i + 1 :]) + "."] = 1 - value
     cosines = {("a.png", "The left digit is 3."): 0.75, ("a.png", "3 plus 5 is 8."): -0.5, ("b.png", "So, the answer is 9."): 0.0}
     records = [scripted.record(3, 5) | {"image": name} for name in ("a.png", "b.png")]
-    first, second = measure(processor, records, texts, logprobs, entropies, cosines, cut)
+    first, second = measure(processor, reader, records, texts, logprobs, entropies, cosines, cut)
     assert first.tolist() == [
         pytest.approx([math.exp(8 / 5), 10.5 / 5, 0.25 * 1.0 + 0.75 * 3.0, 0.25], rel=1e-5),  # eq. 3, 4, 5, 6
         pytest.approx([math.exp(2.5 / 5), 1.0, 0.25 * 0.1 + 0.25 * 0.3 + 0.5 * 1.5, 1.0], rel=1e-5),
@@ -108,12 +104,8 @@ def test_edges_by_hand():
     fitted = estimate.fit_confidence(raw, [2, 0, 0, 0])
     assert fitted["min"] == [1.0, 5.0, 0.0, -1.0] and fitted["max"] == [4.0, 7.0, 3.0, 0.0] and fitted["weights"] == [1, 0, 0, 0]
     assert fitted["edges"] == pytest.approx([0.25 + k * 3**0.5 / 4 for k in (-1, 1, 2, 3)])
-    assert common.to_level(common.fuse(raw, fitted), fitted).tolist() == [
-        4,
-        4,
-        4,
-        3,
-    ]  # 1 lies above mu + s = .68 and below mu + 2 s = 1.12
+    levels = common.to_level(common.fuse(raw, fitted), fitted).tolist()
+    assert levels == [4, 4, 4, 3]  # 1 lies above mu + s = .68 and below mu + 2 s = 1.12
 
 
 # ------------------------------------------------------------------------------------------------------ token statistics
@@ -142,6 +134,29 @@ def test_the_image_is_seen(processor):
     records = [scripted.record(3, 5), scripted.record(3, 5, grey=1.0), scripted.record(3, 5)]
     logprob, _, mask = statistics(model, processor, records, ["The left digit is 3."] * 3)
     assert torch.allclose(logprob[0], logprob[2], atol=1e-5) and (logprob[0] - logprob[1]).abs().max() > 1e-3
+
+
+def test_temperature(processor):
+    """After "The", " left" has three times the probability of " right": nine times at temperature 1/2, and at 0 it is certain."""
+    policy = estimate.build_digits_model(processor, hidden_size=32, layers=1)
+    vlm, records, seen = common.make_vlm(policy, processor), [scripted.record(3, 5)] * 400, {}
+    left, right = (scripted.tokens(processor, text)[0] for text in (" left", " right"))
+
+    class Even(torch.nn.Module):
+        def forward(self, hidden):
+            logits = torch.full((*hidden.shape[:-1], len(processor.tokenizer)), -30.0)
+            logits[..., left], logits[..., right] = math.log(3), 0.0
+            return logits
+
+    policy.lm_head = Even()
+    for temperature in (0.0, 0.5, 1.0, 2.0):
+        said = common.generate(vlm, common.collate(vlm, records), temperature, 1, seed=0)
+        assert {token for [token] in said} <= {left, right}
+        seen[temperature] = np.mean([token == left for [token] in said])
+    assert seen[0.0] == 1.0
+    for temperature in (0.5, 1.0, 2.0):  # 3^(1/T) to 1
+        odds = 3 ** (1 / temperature)
+        assert seen[temperature] == pytest.approx(odds / (1 + odds), abs=0.08), temperature
 
 
 # ------------------------------------------------------------------------------------------------------- data, matching
@@ -196,6 +211,6 @@ def test_noise_is_drawn_on_top_of_the_scans():
 
 def test_matching_by_hand():
     """Rows are what was generated, columns the reference."""
-    assert matched([["A b.", "x", "C"], ["y"]], [["c.", "a  B"], ["x", "Y!", "z"]]) == [
-        [[False, True], [False, False], [True, False]], [[False, True, False]],
-    ]  # fmt: skip
+    generated, references = [["A b.", "x", "C"], ["y"]], [["c.", "a  B"], ["x", "Y!", "z"]]
+    first, second = common.Matcher("exact")(generated, references)
+    assert first.tolist() == [[False, True], [False, False], [True, False]] and second.tolist() == [[False, True, False]]

@@ -6,7 +6,7 @@ import torch
 
 import common
 import estimate
-import evaluate as ev
+import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -14,19 +14,15 @@ def processor():
     return scripted.processor()
 
 
-def predictions_of(monkeypatch, processor, records, texts):
+def predictions_of(monkeypatch, processor, reader, records, texts):
     """The evaluation's predictions for a model that answers with these texts."""
     policy = scripted.Bigram(processor, {}).vlm(processor)
     scripted.says(monkeypatch, [scripted.tokens(processor, t, end=True) for t in texts])
-    return ev.predict(policy, common.StatementReader(), common.Matcher("exact"), records, 60, 0)
+    return evaluate.predict(policy, reader, common.Matcher("exact"), records, 60, 0)
 
 
-def greedy(vlm, records, seed):
-    return [p["response"] for p in ev.predict(vlm, common.StatementReader(), common.Matcher("exact"), records, 6, seed)]
-
-
-def metrics_of(predictions):
-    return ev.compute_metrics(predictions)
+def greedy(vlm, reader, records, seed):
+    return [p["response"] for p in evaluate.predict(vlm, reader, common.Matcher("exact"), records, 6, seed)]
 
 
 QUESTIONS = [scripted.record(3, 5), scripted.record(4, 2, "larger"), scripted.record(7, 7, "difference")]
@@ -40,8 +36,8 @@ SAID = [
 
 
 @pytest.fixture
-def predictions(processor, monkeypatch):
-    return predictions_of(monkeypatch, processor, QUESTIONS, SAID)
+def predictions(processor, reader, monkeypatch):
+    return predictions_of(monkeypatch, processor, reader, QUESTIONS, SAID)
 
 
 def said(prediction):
@@ -71,7 +67,7 @@ def test_predictions_by_hand(predictions):
 
 def test_metrics_by_hand(predictions):
     """Confidence and correctness: .75 1, 0 0, 1 0 (one without) and .25 1, 1 1, 1 1."""
-    m = metrics_of(predictions)
+    m = evaluate.compute_metrics(predictions)
     assert m["mece"] == pytest.approx(((0.25 + 0 + 1) / 3 + (0.75 + 0 + 0) / 3) / 2)  # eq. 15 to 17
     assert m["brier"] == pytest.approx((0.0625 + 0 + 1 + 0.5625) / 6)
     assert m["precision"] == pytest.approx(4 / 7) and m["recall"] == pytest.approx(4 / 12)  # eq. 19
@@ -86,20 +82,20 @@ def test_metrics_by_hand(predictions):
     assert m["ece"] == 0.0  # one answer has a confidence: 1, and it is right
 
 
-def test_the_confidence_of_an_answer_is_its_last_sentences(processor, monkeypatch):
+def test_the_confidence_of_an_answer_is_its_last_sentences(processor, reader, monkeypatch):
     """Answers of confidence .25 (right) and 1 (wrong), after sentences that say the opposite: ECE (.75 + 1) / 2, AUROC 0."""
     texts = [
         "The left digit is 3, with no doubts at all. So, the answer is 8, it might not be right.",
         "The left digit is 3, it might not be right. So, the answer is 4, with no doubts at all.",
     ]
-    m = metrics_of(predictions_of(monkeypatch, processor, [scripted.record(3, 5)] * 2, texts))
+    m = evaluate.compute_metrics(predictions_of(monkeypatch, processor, reader, [scripted.record(3, 5)] * 2, texts))
     assert m["ece"] == pytest.approx(0.875) and m["auroc"] == 0.0 and m["accuracy"] == 0.5
     assert m["auroc_sentence"] == pytest.approx(0.5 / 3)  # right: 1, .25, .25; wrong: 1
 
 
-def test_answers_are_greedy(processor):
+def test_answers_are_greedy(processor, reader):
     torch.manual_seed(0)
     vlm = common.make_vlm(estimate.build_digits_model(processor, hidden_size=32, layers=1), processor)
-    assert greedy(vlm, [scripted.record(3, 5)] * 2, 1) == greedy(vlm, [scripted.record(3, 5)] * 2, 2)
-    [a, b] = greedy(vlm, [scripted.record(3, 5)] * 2, 1)
+    assert greedy(vlm, reader, [scripted.record(3, 5)] * 2, 1) == greedy(vlm, reader, [scripted.record(3, 5)] * 2, 2)
+    [a, b] = greedy(vlm, reader, [scripted.record(3, 5)] * 2, 1)
     assert a == b != ""

@@ -83,18 +83,6 @@ def judged(*pairs):
     return [(np.array(correct), np.array(internal)) for correct, internal in pairs]
 
 
-def token_rewards(roll, scored, args):
-    return ppo.rewards(roll, scored, args)
-
-
-def gae(rewards, values, mask, discount, lam):
-    return ppo.gae(rewards, values, mask, discount, lam)
-
-
-def known(roll, scored):
-    return ppo.known_before(roll, scored)
-
-
 def make_judge(confidence, cosines):
     """The project's judge with the exact matcher, a CLIP whose cosines are given by sentence, and a flat similarity."""
     clip = lambda images, sentences: np.array([cosines[s] for s in sentences])  # noqa: E731
@@ -249,7 +237,7 @@ def test_clipping(processor, monkeypatch, ratio, advantage, clip_range, moves):
 def test_gae_by_hand():
     """discount 1/2, lambda 1/4; delta = 4 + 1/2 - 2 = 2.5, 0 + 4 - 1 = 3, 2 - 8 = -6; A = 2.5 + 2.25/8, 3 - 6/8, -6."""
     rewards, values = torch.tensor([[4.0, 0.0, 2.0, 7.0]]), torch.tensor([[2.0, 1.0, 8.0, 5.0]])
-    advantages, returns = gae(rewards, values, torch.tensor([[True, True, True, False]]), 0.5, 0.25)
+    advantages, returns = ppo.gae(rewards, values, torch.tensor([[True, True, True, False]]), 0.5, 0.25)
     assert advantages.tolist() == [[2.78125, 2.25, -6.0, 0.0]] and returns.tolist() == [[4.78125, 3.25, 2.0, 0.0]]
 
 
@@ -320,7 +308,7 @@ def test_rewards_by_hand(processor, monkeypatch):
     args = arguments(alpha=1.0, beta=10.0, gamma=100.0, reward_placement="end")
     scored = judged(SCORED, ([], []))
     ec, cs = (1 - 2 * 0.25**2, -1.0, 1.0), (1 - 2 * 0.5**2, -1.0, 1 - 2 * 0.5**2)  # eq. 11, 12
-    scores, parts = token_rewards(roll, scored, args)
+    scores, parts = ppo.rewards(roll, scored, args)
     assert parts["r_ka"].tolist() == pytest.approx([1 / 3, 0.0])  # eq. 10
     assert parts["r_ec"].tolist() == pytest.approx([sum(ec) / 3, -1.0]) and parts["r_cs"].tolist() == pytest.approx([0.0, -1.0])
     total = 1 / 3 + 10 * sum(ec) / 3
@@ -328,7 +316,7 @@ def test_rewards_by_hand(processor, monkeypatch):
     expected[0, 30], expected[1, 0] = total, -110.0  # the last token of each, never padding
     assert torch.allclose(scores, expected, atol=1e-4)
     args.reward_placement = "sentence"
-    scores, parts = token_rewards(roll, scored, args)
+    scores, parts = ppo.rewards(roll, scored, args)
     said = [10 * a + 100 * b for a, b in zip(ec, cs, strict=True)]
     placed = {4: 1 / 4, 11: said[0] / 4, 17: said[1] / 4, 29: said[2] / 4}
     expected[0] = torch.zeros(31).index_copy(0, torch.tensor([*placed]), torch.tensor([*placed.values()]))
@@ -339,7 +327,7 @@ def test_rewards_by_hand(processor, monkeypatch):
 def test_rewards_of_a_response_that_is_too_long(processor, monkeypatch):
     """Against a chain of one sentence the second and third dilute what was credited before, at their own tokens."""
     roll = talk(processor, monkeypatch, SHORT)
-    scores, _ = token_rewards(roll, judged(SCORED, ([], [])), arguments(alpha=12.0, beta=24.0))
+    scores, _ = ppo.rewards(roll, judged(SCORED, ([], [])), arguments(alpha=12.0, beta=24.0))
     sums = np.array([12, 12 + 21, (12 + 21) / 2, (12 + 21 - 24) / 2, (12 + 21 - 24) / 3, (12 + 21 - 24 + 24) / 3])
     steps = np.diff([0.0, *sums])  # 24 R_EC = 21, -24, 24
     expected = torch.zeros(31)
@@ -350,7 +338,7 @@ def test_rewards_of_a_response_that_is_too_long(processor, monkeypatch):
 
 def test_what_the_critic_knows(processor, monkeypatch):
     """Nothing in the first sentence; from the first token after a sentence, its I and IV and the share of right ones so far."""
-    told = known(talk(processor, monkeypatch), judged(SCORED, ([], [])))
+    told = ppo.known_before(talk(processor, monkeypatch), judged(SCORED, ([], [])))
     expected = [[0.0, 0.0, 0.0]] * 5 + [[1.0, 0.25, 1.0]] * 12 + [[0.0, 1.0, 0.5]] * 6 + [[0.0, 0.5, 1 / 3]] * 8
     assert torch.allclose(told[0], torch.tensor(expected)), told[0]
     assert not told[1][:1].any()
@@ -408,11 +396,8 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
     torch.manual_seed(0)
     tiny = common.make_vlm(estimate.build_digits_model(processor, hidden_size=32, layers=1), processor)
     common.save_model(tiny, tmp_path / "base")
-    folder, texts, records = (
-        tmp_path / "base",
-        [TWO, ONE + " So, the answer is 8."],
-        [scripted.record(3, 5), scripted.record(4, 4, grey=0.5)],
-    )
+    folder, texts = tmp_path / "base", [TWO, ONE + " So, the answer is 8."]
+    records = [scripted.record(3, 5), scripted.record(4, 4, grey=0.5)]
     if lora:
         adapter = {"lora_rank": 4, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": common.LORA_TARGETS}
         vlm = common.load_model(folder, arguments(**adapter), "cpu", trainable=True)
@@ -423,7 +408,8 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
         common.save_model(vlm, folder)
     models, args = ppo.load_models(folder, arguments(), "cpu"), arguments(lr=1e-2)
     trained = [p for group in ppo.make_optimizers(models, args)["policy"].param_groups for p in group["params"]]
-    before = {name: p.detach().clone() for name, p in models.policy.model.named_parameters()}
+    named = dict(models.policy.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
     first = make_rollout(monkeypatch, models, records, texts, args)
     optimizer = ppo.make_optimizers(models, args)["policy"]
     ppo.update(models, optimizer, first, torch.ones(first.mask.shape), args, 0, Accelerator(cpu=True))
@@ -431,8 +417,11 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
     assert torch.allclose(first.ref_logprob, first.logprob, atol=1e-5)  # it is the same policy until then
     assert torch.equal(again.ref_logprob, first.ref_logprob)
     assert (again.logprob - first.logprob).abs().max() > 1e-2
-    changed = {name for name, p in models.policy.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and {id(p) for p in trained} >= {id(p) for n, p in models.policy.model.named_parameters() if n in changed}
+    changed = {name for name, p in named.items() if not torch.equal(p, before[name])}
+    assert changed and changed <= {name for name, p in named.items() if any(p is t for t in trained)}
     if lora:
         assert all("lora" in name and "reference" not in name for name in changed)
-        assert not any(p.requires_grad for name, p in models.policy.model.named_parameters() if "reference" in name)
+        assert not any(p is t for name, p in named.items() if "reference" in name for t in trained)
+    else:
+        assert not any(p.requires_grad for p in models.reference.model.parameters())
+        assert not any(p is t for p in models.reference.model.parameters() for t in trained)
