@@ -100,6 +100,7 @@ FLAGS = {
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     problems = ["--weights must not be all 0"] * (not any(args.weights))
+    problems += ["--annotate works in one process"] * bool(args.annotate and os.environ.get("WORLD_SIZE", "1") != "1")
     if args.responses and not Path(args.responses).is_file():
         problems.append(f"no such file: {args.responses}")
     if args.annotate and not importlib.util.find_spec("openai"):
@@ -332,6 +333,7 @@ def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argp
 def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
     sentences = [sentence for line in lines for sentence in line["sentences"]]
+    common.usage_error(*["no response holds a sentence"] * (not sentences))
     raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
     confidence = fit_confidence(raw, args.weights, args.fuse, args.levels)
     u = common.fuse(raw, confidence)

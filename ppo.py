@@ -323,7 +323,7 @@ def fit_value(
             loss.backward()
             common.sum_gradients(accelerator, value_head)
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(loss.item() * n)
     return float(np.mean(losses))
 
 
@@ -341,9 +341,8 @@ def train_update(
     """One round of PPO -> a line of log.jsonl. Processes share the questions; what normalises is counted over all of them."""
     # 1. sample responses
     began, device = time.time(), models.policy.model.device
-    with accelerator.split_between_processes(questions) as mine:
-        first = len(questions) * accelerator.process_index // accelerator.num_processes * args.samples
-        roll = rollout(models, reader, mine, args, seed, first)
+    first = len(questions) * accelerator.process_index // accelerator.num_processes * args.samples
+    roll = rollout(models, reader, common.share(accelerator, questions), args, seed, first)
     sampled = time.time()
 
     # 2. judge their sentences, reward their tokens; leaving the warm-up policy costs
@@ -430,7 +429,7 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    common.usage_error(*common.indivisible(args))
+    common.usage_error(*common.indivisible(args), *common.untrainable(ckpt, args))
     run = common.Run("ppo", args, setup)
     if run.finished:
         return

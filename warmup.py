@@ -94,12 +94,11 @@ def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro
     ids = common.response_ids(vlm, texts)
     n_tokens, loss_sum = sum(map(len, ids)), torch.zeros((), device=vlm.model.device)
     optimizer.zero_grad()
-    with accelerator.split_between_processes(list(zip(records, ids, strict=True))) as mine:
-        for part in common.chunks(mine, micro_batch):
-            batch = common.collate(vlm, *zip(*part, strict=True))
-            loss = common.sft_loss(vlm, batch) * batch.mask.sum() / n_tokens  # eq. 9
-            loss.backward()
-            loss_sum += loss.detach()
+    for part in common.chunks(common.share(accelerator, list(zip(records, ids, strict=True))), micro_batch):
+        batch = common.collate(vlm, *zip(*part, strict=True))
+        loss = common.sft_loss(vlm, batch) * batch.mask.sum() / n_tokens  # eq. 9
+        loss.backward()
+        loss_sum += loss.detach()
     common.sum_gradients(accelerator, vlm.model)
     norm = torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
     optimizer.step()
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    common.usage_error(*common.indivisible(args))
+    common.usage_error(*common.indivisible(args), *common.untrainable(setup["model"], args))
     run = common.Run("warmup", args, setup)
     if run.finished:
         return
@@ -137,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         order = np.random.default_rng([args.seed, epoch]).permutation(len(lines))
         rows = order[position * args.batch_size : (position + 1) * args.batch_size]
         common.set_learning_rate(optimizer, args.lr, step, training.steps, args.warmup_ratio)
+        torch.manual_seed(args.seed * 1_000_000 + step)  # of the adapter's dropout
         records, texts = [lines[i] for i in rows], [text_of(epoch, i) for i in rows]
         loss, norm = train_step(vlm, records, texts, optimizer, args.micro_batch, run.accelerator)
         training.record({"step": step, "loss": loss, "grad_norm": norm, "seconds": time.time() - began}, "loss")

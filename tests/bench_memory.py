@@ -115,13 +115,9 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     update["logits in blocks"] = 5 * 4 * common.HeadStatistics.ROWS * min(common.HeadStatistics.BLOCK, text.vocab_size)
     update["a layer unpacked"] = max((w.numel() * size for w in linear), default=0)
     print(f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
-    held, larger = sum(plan.values()), max(sum(sampling.values()), sum(update.values()))
-    return (
-        plan
-        | {f"sampling: {k}": v for k, v in sampling.items()}
-        | {f"update: {k}": v for k, v in update.items()}
-        | {"peak": held + larger}
-    )
+    peak = sum(plan.values()) + max(sum(sampling.values()), sum(update.values()))
+    plan |= {f"sampling: {k}": v for k, v in sampling.items()} | {f"update: {k}": v for k, v in update.items()}
+    return plan | {"peak": peak}
 
 
 def measure(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, tokens: int) -> None:

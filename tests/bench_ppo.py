@@ -53,19 +53,17 @@ def main() -> None:
     args, ckpt, alone = ppo.parse_args(["--ckpt", bench.ckpt, *rest]), Path(bench.ckpt), Accelerator(cpu=True)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, ppo.FLAGS, setup["data"])
-    models, reader = ppo.load_models(ckpt, args, args.device), common.StatementReader()
+    models, reader = ppo.load_models(ckpt, args, args.device), common.StatementReader(setup["statement_encoder"])
     judge = ppo.load_judge(common.read_json(ckpt / "confidence.json"), setup, args.device)
-    optimizers, parts = (
-        ppo.make_optimizers(models, args),
-        list(common.chunks(common.read_jsonl(ckpt / "sft.jsonl"), args.batch_size)),
-    )
+    optimizers = ppo.make_optimizers(models, args)
+    parts = list(common.chunks(common.read_jsonl(ckpt / "sft.jsonl"), args.batch_size))
 
-    def update(i: int = 1):
-        ppo.train_update(models, optimizers, reader, judge, parts[i % len(parts)], args, i, i == 0, alone)
+    def update(part: int = 0, value_only: bool = False):
+        ppo.train_update(models, optimizers, reader, judge, parts[part % len(parts)], args, part, value_only, alone)
 
     if bench.tokensar:
         print(machine())
-        return tokensar(bench.tokensar, update, bench.runs)
+        return tokensar(bench.tokensar, lambda step: update(step, step == 0), bench.runs)
     records = [question for question in parts[0] for _ in range(args.samples)]
     ids = [response.ids for response in ppo.rollout(models, reader, parts[0], args, 0).responses]
     rows = list(torch.arange(len(records)).split(args.micro_batch))

@@ -119,11 +119,7 @@ def args(tmp_path):
 
 def results(args):
     out = Path(args.out)
-    return (
-        common.read_json(out / "train_mmb.json"),
-        common.read_jsonl(out / "annotations.jsonl"),
-        common.read_jsonl(out / "log.jsonl"),
-    )
+    return common.read_json(out / "train_mmb.json"), *(common.read_jsonl(out / f"{name}.jsonl") for name in ("annotations", "log"))
 
 
 def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
@@ -310,6 +306,7 @@ def test_an_endpoint_that_fails_again_and_again_ends_the_run(endpoint, make, arg
 
 
 def test_usage_errors(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for url, key in ((None, None), ("localhost:8000", "two words"), ("http://", "k\u00e9y"), ("", "key\n")):
         for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", key)):
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
@@ -317,7 +314,7 @@ def test_usage_errors(monkeypatch, capsys, tmp_path):
             estimate.main(["--annotate", "m", "--concurrency", "0", "--price", "1", "-1", "--out", str(tmp_path / "out")])
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and (not key or key not in error)
-        assert all(text in error for text in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "--concurrency", "--price"))
+        assert all(text in error for text in ("one process", "OPENAI_BASE_URL", "OPENAI_API_KEY", "--concurrency", "--price"))
     assert not (tmp_path / "out").exists()
 
 

@@ -255,23 +255,15 @@ def test_choices_that_are_letters_or_empty():
 
 def test_direct_answer_score():
     answers = ["Hot Dog"] * 2 + ["a sausage"] + ["bun"] * 7
-    assert [evaluate.direct_answer_score(p, answers) for p in ("hot dog.", "the sausage", "bun", "dog", None)] == [
-        2 / 3,
-        1 / 3,
-        1,
-        0,
-        0,
-    ]
-    assert evaluate.direct_answer_score("pound cake", ["a sponge cake or pound cake", "a sponge cake", "pound cake"]) == 1
-    assert (
-        evaluate.direct_answer_score("x", []) == 0
-        and evaluate.same_answer("a 'hand pump'", "Hand pump.")
-        and not evaluate.same_answer(None, "x")
-    )
+    score, same = evaluate.direct_answer_score, evaluate.same_answer
+    assert [score(p, answers) for p in ("hot dog.", "the sausage", "bun", "dog", None)] == [2 / 3, 1 / 3, 1, 0, 0]
+    assert score("pound cake", ["a sponge cake or pound cake", "a sponge cake", "pound cake"]) == 1
+    assert score("x", []) == 0 and same("a 'hand pump'", "Hand pump.") and not same(None, "x")
 
 
 DATA = Path(os.environ.get("MMB_DATA", Path(__file__).parents[2] / "shared" / "data"))
-published = pytest.mark.skipif(not DATA.is_dir() and "MMB_DATA" not in os.environ, reason="the published files are not here")
+needed = {"MMB_DATA", "CI"} & set(os.environ)
+published = pytest.mark.skipif(not DATA.is_dir() and not needed, reason="the published files are not here")
 
 
 @published

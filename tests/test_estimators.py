@@ -83,7 +83,13 @@ def test_head_statistics_in_bfloat16_and_any_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("transform", "plain"),
-    [(lambda z: z, True), (lambda z: z / 4, False), (lambda z: 5 * torch.tanh(z / 5), False), (lambda z: z - 0.1 * z**2, False)],
+    [
+        (lambda z: z, True),
+        (lambda z: z / 4, False),
+        (lambda z: z - 0.1 * z**2, False),
+        (lambda z: 5 * torch.tanh(z / 5), False),
+        (lambda z: 100 * torch.tanh(z / 100), False),
+    ],
 )
 def test_what_a_model_does_with_its_logits(base, records, transform, plain):
     """Logits that are more than the head's product are taken as they are: scaled, soft-capped, or anything."""

@@ -100,7 +100,8 @@ def test_prompt(model, data):
 
 
 def test_only_the_end_tokens_of_a_sampler_are_kept(model, data, tmp_path):
-    """A model's own generation_config.json (repetition penalty, ...) changes no sample; any of its end tokens ends a response."""
+    """A model's own generation_config.json (repetition penalty, ...) changes no sample, with an adapter or without; any of its end
+    tokens ends a response."""
     vlm, records = load(model[1]), make_records(data)
     ids = common.generate(vlm, common.collate(vlm, records), 1.0, 24, seed=0)
     end = ids[0][5]
@@ -111,6 +112,10 @@ def test_only_the_end_tokens_of_a_sampler_are_kept(model, data, tmp_path):
     other = load(str(tmp_path / "model"))
     assert set(other.end_tokens) >= {vlm.tokenizer.eos_token_id, end}
     again = common.generate(other, common.collate(other, records), 1.0, 24, seed=0)
+    adapted = load(str(tmp_path / "model"), "--lora-rank", "2", trainable=True)  # a new adapter changes nothing yet
+    common.save_model(adapted, tmp_path / "adapter")
+    for vlm in (adapted, load(str(tmp_path / "adapter"))):
+        assert common.generate(vlm, common.collate(vlm, records), 1.0, 24, seed=0) == again
     assert again[0] == ids[0][: ids[0].index(end) + 1]
     for response, whole in zip(again, ids, strict=True):
         assert response == whole[: len(response)] and end not in response[:-1]
@@ -200,12 +205,8 @@ def test_half_a_model(missing, tmp_path, capsys):
 def test_no_such_encoder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     none, cross = str(tmp_path / "none"), str(tmp_path / "cross-encoder" / "none")
-    cases = [
-        (common.ClipScorer, "CLIP model", none),
-        (common.Matcher, "cross-encoder", cross),
-        (common.Similarity, "sentence encoder", none),
-    ]
-    for make, what, name in cases:
+    cases = {common.ClipScorer: ("CLIP model", none), common.Matcher: ("cross-encoder", cross)}
+    for make, (what, name) in (cases | {common.Similarity: ("sentence encoder", none)}).items():
         with pytest.raises(SystemExit):
             make(name)
         assert f"{what} {name} cannot be loaded" in capsys.readouterr().err

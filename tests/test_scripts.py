@@ -34,10 +34,8 @@ def runs(cache, tmp_path_factory):
 
 
 def test_estimate(runs):
-    lines, confidence = (
-        common.read_jsonl(runs["estimate"] / "responses.jsonl"),
-        common.read_json(runs["estimate"] / "confidence.json"),
-    )
+    lines = common.read_jsonl(runs["estimate"] / "responses.jsonl")
+    confidence = common.read_json(runs["estimate"] / "confidence.json")
     assert len(lines) == 24 and not (runs["estimate"] / "partial.jsonl").exists()
     assert set(lines[0]) == {"id", "image", "question", "answer", "choices", "reference", "response", "sentences"}
     sentences = [s for line in lines for s in line["sentences"]]
@@ -101,10 +99,20 @@ def test_estimate_given_responses(runs, cache, tmp_path, capsys):
         for s, t in zip(scored[line["id"]]["sentences"], line["sentences"], strict=True):
             assert s["text"] == t["text"] and s["correct"] is None
             assert [s[k] for k in common.ESTIMATORS] == pytest.approx([t[k] for k in common.ESTIMATORS], abs=1e-4)
-    common.write_jsonl(tmp_path / "bad.jsonl", [{"id": 1}, *given[:2]])
-    with pytest.raises(SystemExit) as error:
-        estimate.main(["--responses", str(tmp_path / "bad.jsonl"), "--cache", str(cache), "--out", str(tmp_path / "f")])
-    assert error.value.code == 2 and not (tmp_path / "f").exists()
+
+
+def test_given_responses_that_cannot_be_used(runs, cache, tmp_path, capsys):
+    """Too many unusable records, a line that is no JSON, and responses without a sentence each end the run in one line."""
+    line = common.read_jsonl(runs["estimate"] / "responses.jsonl")[0]
+    given = json.dumps({k: line[k] for k in ("id", "image", "question")} | {"response": "It is 3."})
+    problems = {f'{{"id": 1}}\n{given}\n{given}\n': "1 of 3 records", f"{given}\n{{oops\n{given}\n": "line 2, is no JSON"}
+    problems[given.replace("It is 3.", "...") + "\n"] = "no response holds a sentence"
+    for i, (text, message) in enumerate(problems.items()):
+        (tmp_path / "given.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as error:
+            estimate.main(["--responses", str(tmp_path / "given.jsonl"), "--cache", str(cache), "--out", str(tmp_path / f"e{i}")])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+        assert (tmp_path / f"e{i}").exists() == (i == 2) and not (tmp_path / f"e{i}" / "done").exists()
 
 
 def test_warmup(runs, reader):
@@ -151,15 +159,8 @@ def test_which_tokens_carry_loss(base, records):
 def test_ppo(runs):
     log = common.read_jsonl(runs["ppo"] / "log.jsonl")
     keys = {"reward", "r_ka", "r_ec", "r_cs", "kl", "entropy", "policy_loss", "value_loss", "clipfrac", "approx_kl", "grad_norm"}
-    keys |= {
-        "explained_variance",
-        "response_length",
-        "level_5",
-        "level_none",
-        "seconds_rollout",
-        "seconds_reward",
-        "seconds_update",
-    }
+    keys |= {"explained_variance", "response_length", "seconds_rollout", "seconds_reward", "seconds_update"}
+    keys |= {f"level_{level}" for level in (1, 2, 3, 4, 5, "none")}
     assert len(log) == 2 and keys <= set(log[0])
     assert all(math.isfinite(v) for row in log for v in row.values() if isinstance(v, float))
     for row in log:
@@ -189,11 +190,33 @@ def test_interrupted_ppo_equals_uninterrupted(runs, tmp_path, monkeypatch):
     assert strip(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == strip(common.read_jsonl(runs["ppo"] / "log.jsonl"))
 
 
+def test_interrupted_warmup_equals_uninterrupted(runs, tmp_path, monkeypatch):
+    """Also where an adapter drops out at random."""
+    flags = ["--estimate", str(runs["estimate"]), "--epochs", "1", "--batch-size", "8", "--save-every", "1", "--out"]
+    flags = ["--lora-rank", "2", "--lora-dropout", "0.5", *flags]
+    warmup.main([*flags, str(tmp_path / "whole")])
+    original, calls = warmup.train_step, []
+
+    def stop(*a):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(warmup, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            warmup.main([*flags, str(tmp_path / "twin")])
+    warmup.main([*flags, str(tmp_path / "twin")])
+    losses = [[row["loss"] for row in common.read_jsonl(tmp_path / name / "log.jsonl")] for name in ("whole", "twin")]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    whole, twin = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "twin"))
+    assert whole == twin
+
+
 def test_evaluate(runs, tmp_path):
-    metrics, predictions = (
-        common.read_json(runs["results"] / "metrics.json"),
-        common.read_jsonl(runs["results"] / "predictions.jsonl"),
-    )
+    metrics = common.read_json(runs["results"] / "metrics.json")
+    predictions = common.read_jsonl(runs["results"] / "predictions.jsonl")
     assert metrics["n_questions"] == len(predictions) == 12
     assert metrics["n_sentences"] == sum(len(p["sentences"]) for p in predictions) == sum(metrics["level_histogram"].values())
     assert metrics["accuracy"] == pytest.approx(np.mean([p["prediction"] == p["answer"] for p in predictions]))
@@ -260,13 +283,28 @@ def test_a_usage_error_from_the_shell():
 
 
 def test_another_runs_folder_is_not_touched(runs, cache, capsys):
-    before = (runs["estimate"] / "responses.jsonl").read_text()
+    before, record = (runs["estimate"] / "responses.jsonl").read_text(), common.read_json(runs["estimate"] / "run.json")
+    common.write_json(runs["estimate"] / "run.json", record | {"commit": "of the run"})
     with pytest.raises(SystemExit) as error:
         estimate.main(["--limit", "25", "--batch-size", "10", "--cache", str(cache), "--out", str(runs["estimate"])])
     assert error.value.code == 2 and "other settings" in capsys.readouterr().err
     estimate.main(["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", str(runs["estimate"])])
     assert "already holds this run" in capsys.readouterr().out
     assert (runs["estimate"] / "responses.jsonl").read_text() == before
+    assert common.read_json(runs["estimate"] / "run.json")["commit"] == "of the run"
+
+
+def test_what_would_spoil_a_run(runs, tmp_path, capsys):
+    """A folder that is read is not overwritten, and 4-bit weights are not trained without an adapter."""
+    for main, source in ((warmup.main, ["--estimate", str(runs["estimate"])]), (ppo.main, ["--ckpt", str(runs["warmup"])])):
+        problems = {"is the folder that is read": ["--out", source[1], "--overwrite"]}
+        problems["trains an adapter only"] = ["--out", str(tmp_path / "q"), "--load-in-4bit"]
+        for message, flags in problems.items():
+            before = sorted(Path(source[1]).iterdir())
+            with pytest.raises(SystemExit) as error:
+                main([*source, *flags])
+            assert error.value.code == 2 and message in capsys.readouterr().err
+            assert sorted(Path(source[1]).iterdir()) == before and not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize("script", ["estimate.py", "warmup.py", "ppo.py", "evaluate.py"])
