@@ -57,6 +57,7 @@ from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import uniform_filter
+from sentencex import get_sentence_boundaries
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor, nn
@@ -187,14 +188,15 @@ def writing(path: str | Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """All records of a JSON-lines file (none where there is no file); a last line cut short by an interruption is dropped."""
+def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
+    """All records of a JSON-lines file (none where there is no file). In a run's own file a last line cut short by an interruption
+    is dropped; every other line that is no JSON object exits with code 2."""
     records, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            records += [json.loads(line)] if line else []
-        except ValueError as error:  # cut in the middle of JSON, or of a character
-            usage_error(*[f"{path}, line {number}, is no JSON: {error}"] * (number < len(lines)))
+            records += [unpack(json.loads(line), dict)] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:  # cut in the middle of JSON, or of a character
+            usage_error(*[f"{path}, line {number}, is no JSON object: {error}"] * (number < len(lines) or not own))
     return records
 
 
@@ -560,23 +562,25 @@ def read_row(row: dict, published: bool) -> dict:
         image, reasoning = [], [text[start:end] for text in texts for start, end in split_sentences(text)]
     reference = {"image": tidy(image), "reasoning": tidy(reasoning)}
 
-    index = row.get("correct_choice_idx", row.get("answer"))
+    index, clause = row.get("correct_choice_idx", row.get("answer")), False
     if choices and index is not None:
         answer = dict(enumerate(choices))[int(index)]
         alternatives = [answer]
     else:
-        answer = extract_answer(reference["reasoning"], choices)
-        alternatives = [answer or "", *re.split(r"\s+or\s+", answer or "")]  # "a sponge cake or pound cake"
+        answer = extract_answer(reference["reasoning"][-1:], choices)
+        clause = not answer  # "So, the artwork in the image belongs to India.": the answer is somewhere in it
+        answer = answer or "".join(reference["reasoning"][-1:])
+        alternatives = [answer, *re.split(r"\s+or\s+", answer)]  # "a sponge cake or pound cake"
     direct = unpack(row.get("direct_answers") or list(dict.fromkeys(alternatives)), list)
     flaws = {
         "no question": not question,
         "no chain": published and annotated is None,
         "empty chain": not any(reference.values()),
-        "missing level": published and not all(reference.values()),
         "no answer": not answer,
     }
-    record = {"question": f"{hint} {question}".strip(), "choices": choices, "answer": answer}
+    record = {"question": f"{hint} {question}".strip(), "choices": choices, "answer": answer, "answer_is_clause": clause}
     record |= {"answers": [str(text).strip() for text in direct], "reference": reference}
+    record |= {"difficult_direct_answer": bool(row.get("difficult_direct_answer"))}
     return record | {"flaw": next((flaw for flaw, holds in flaws.items() if holds), None)}
 
 
@@ -598,7 +602,9 @@ def usable(
     The others are counted by reason, and more than a fifth of all records end the run (exit code 2) unless `allow_bad`."""
     good, bad = [], {}
     for record in records:
-        reason = record.get("flaw") or next((f"no {name}" for name in needed if not record.get(name)), None)
+        reason = record.get("flaw") or next(
+            (f"no {n}" for n in needed if not isinstance(record.get(n), str) or not record[n]), None
+        )
         wanted = limit is None or len(good) < limit
         if not reason and wanted and require_images:
             try:
@@ -617,6 +623,15 @@ def usable(
     if not good or (n_bad > 0.2 * len(records) and not allow_bad):
         usage_error(f"{n_bad} of {len(records)} records cannot be used (--allow-bad-records uses the rest)")
     return good
+
+
+def report_unsplit(lines: list[dict]) -> None:
+    """Name the long responses that came out as one sentence: that of a language whose stops are not known, perhaps."""
+    whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
+    if whole:
+        print(
+            f"{len(whole)} responses of 200 characters or more are one sentence, with one confidence: {', '.join(whole[:3])}, ..."
+        )
 
 
 def reference_chain(record: dict) -> list[str]:
@@ -828,9 +843,10 @@ def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) 
     return Batch(inputs, ids, mask)
 
 
-def response_ids(vlm: VLM, responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of responses written as text, each closed by the end-of-sequence token."""
-    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + vlm.end_tokens[:1] for text in responses]
+def response_ids(vlm: VLM, responses: Sequence[str], finished: Sequence[bool] = ()) -> list[list[int]]:
+    """Token ids of responses written as text, each closed by the end-of-sequence token, unless it was not `finished`."""
+    ends = [vlm.end_tokens[:1] if whole else [] for whole in finished or [True] * len(responses)]
+    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text, end in zip(responses, ends, strict=True)]
 
 
 @torch.no_grad()
@@ -988,9 +1004,12 @@ class HeadStatistics(torch.autograd.Function):
 
 
 # -------------------------------------------------------------------------------------------------------------- estimators
+MAX_PERPLEXITY = 1e6  # more than that of guessing from any vocabulary; without it a few tokens of no probability make infinity
+
+
 def length_normalized_logprob(logprob: Tensor) -> Tensor:
-    """U_LNLP = exp(-1/L sum log p): the perplexity of a sentence's tokens, logprob (L,) -> scalar >= 1."""
-    return torch.exp(-one_or_more(logprob).mean())  # eq. 3
+    """U_LNLP = exp(-1/L sum log p): the perplexity of a sentence's tokens, logprob (L,) -> scalar in [1, MAX_PERPLEXITY]."""
+    return torch.exp(-one_or_more(logprob).mean()).clamp(max=MAX_PERPLEXITY)  # eq. 3
 
 
 def mean_token_entropy(entropy: Tensor) -> Tensor:
@@ -1145,7 +1164,8 @@ def uncertainties(
         tokens.append(step_tokens(offsets, step.start, step.end))
         spans = [(max(offsets[i][0], step.start), min(offsets[i][1], step.end)) for i in tokens[-1]]
         pieces = [(a - step.start, b - step.start) for a, b in spans]
-        shortened.append(without_each_token(records[row]["question"], step.text, pieces))
+        sentence = f"{responses[row].text[step.start : step.end]}."
+        shortened.append(without_each_token(records[row]["question"], sentence, pieces))
     relevance = token_relevance(shortened, similarity)
     cosine = clip([records[row]["image"] for row, _ in sentences], [step.text for _, step in sentences])
     raw = np.zeros((len(sentences), len(ESTIMATORS)))
@@ -1160,9 +1180,12 @@ def uncertainties(
 
 def fuse(raw: np.ndarray, confidence: dict) -> np.ndarray:
     """U_Final (n,) of raw uncertainties (n, 4), min-max normalised with the stored minima and maxima (a constant estimator maps to
-    0): the weighted sum, or the largest one (the ablation `w U_Max`)."""
+    0) or by their rank among the stored quantiles: the weighted sum, or the largest one (the ablation `w U_Max`)."""
     low, high, weights = (np.array(confidence[name]) for name in ("min", "max", "weights"))
     unit = ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
+    if "quantiles" in confidence:
+        ranks = np.linspace(0, 1, len(confidence["quantiles"][0]))
+        unit = np.stack([np.interp(u, of, ranks) for u, of in zip(raw.T, confidence["quantiles"], strict=True)], 1)
     if confidence["fuse"] == "max":
         return unit[:, weights > 0].max(-1)
     return unit @ weights  # eq. 7
@@ -1208,43 +1231,74 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w'\s.-]|\.(?!\d)", " ", text.lower().replace("\u2019", "'")).split())
 
 
+STOP = re.compile(r"[.!?…。！？।؟۔]+[\"')\]}”’»*_`\s]*$")
+LINE = re.compile(r"(?:[^\n]*\banswer(?: is)?:[*_ ]*\n\s*)?[^\n]+", re.IGNORECASE)  # with the one before, if that ends in "answer:"
+MARK = re.compile(r"\s*(?:[-+*•–—>#]+\s+|\(?\d{1,2}[.)]\s+)*")
+HEADING = re.compile(r"\s*(?:#.*|[^.!?]*:[*_]*|\*\*[^.!?]*\*\*)\s*")
+EMPHASIS = re.compile(r"(?<!\w)(?:\*{1,3}|_{1,3}|`)(?=\S)|(?<=\S)(?:\*{1,3}|_{1,3}|`)(?!\w)")
+# Ends of sentences that sentencex does not see: after a word, an answer's letter, a bracket or quotation, before what is no small
+# letter, and before a bracket or quotation. And ends that are none.
+MORE = re.compile(
+    r"(?:\b(?!(?:vs|cf|ca|no|al|fig|eq|sec|approx)\.)[a-z]{2,}[.!?][\"”’)]?|(?<=[a-z] )[A-E]\.|[.!?][\"”’)])\s+"
+    r"(?=[^\W_a-zß-öø-ÿа-яё])"
+    r"|(?<=\bme\.)\s+|(?<=[a-z]{3}[.!?])\s+(?=[\"“(])"
+)
+TOO_MANY = re.compile(r"\(?[A-Z][.)]\s+|.*\bapprox\.\s+", re.DOTALL)
+
+
 def tidy(texts: Sequence[str]) -> list[str]:
-    """The texts that hold a word, each on one line and with its full stop."""
-    lines = [" ".join(text.split()) for text in texts if re.search(r"\w", text)]
-    return [line if re.search(r"[.!?][\"')\]]*$", line) else f"{line}." for line in lines]
-
-
-ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|approx|No|Jr|Sr)|\b[A-Za-z](?:\.[A-Za-z])*)\.$")
+    """The texts that hold a word, each on one line, with its stop and without emphasis or a list's mark."""
+    lines = [" ".join(EMPHASIS.sub("", MARK.sub("", text, 1)).split()) for text in texts if re.search(r"[^\W_]", text)]
+    return [line if STOP.search(line) else f"{line.rstrip(' :;,')}." for line in lines]
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Characters [start, end) of each sentence: a stop, and white space before a capital, a digit or a quotation mark."""
-    ends, start = [], 0
-    for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s+[\"'(\[]?[A-Z0-9]|\s*$)|\n+", text):
-        abbreviated = match.group() == "." and ABBREVIATION.search(text[start : match.end()])
-        if not abbreviated or not text[match.end() :].strip():
-            start = match.end()
-            ends.append(start)
+    """Characters [start, end) of each sentence, its stop included. A line break ends a sentence too; headings are left out, and so
+    are the marks of lists."""
     spans = []
-    for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
-        piece = text[start:end]
-        if piece.strip():
-            spans.append((start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())))
+    for line in LINE.finditer(text):
+        if HEADING.fullmatch(line.group()) and not ANSWER.search(line.group()):
+            continue
+        first = MARK.match(text, line.start(), line.end()).end()
+        numbered = re.search(r"\d", text[line.start() : first])
+        shown = EMPHASIS.sub(lambda marks: " " * len(marks.group()), text[first : line.end()])
+        ends = {boundary["end_index"] for boundary in get_sentence_boundaries("en", shown)}
+        start = 0
+        for end in sorted(ends | {gap.end() for gap in MORE.finditer(shown)}):
+            piece = shown[start:end]
+            if TOO_MANY.fullmatch(piece):
+                continue
+            if not (numbered and re.fullmatch(r"\d{1,2}[.)]\s+", piece)) and re.search(r"[^\W_]", piece):
+                spans.append((first + start + len(piece) - len(piece.lstrip()), first + start + len(piece.rstrip())))
+            start = end
     return spans
 
 
 def split_steps(text: str) -> list[Step]:
     """The sentences of a response that hold a word, none with a statement."""
-    spans = [(start, end) for start, end in split_sentences(text) if re.search(r"\w", text[start:end])]
-    return [Step(text[a:b], a, a + len(text[a:b].rstrip(" .!?")), b) for a, b in spans]
+    steps = []
+    for start, stop in split_sentences(text):
+        closing = STOP.search(text[start:stop])
+        steps.append(Step(*tidy([text[start:stop]]), start, start + closing.start() if closing else stop, stop))
+    return steps
 
 
 # Reverse mapping: below which cosine a text is no statement, and the support vector machine whose kernel on unit vectors is
 # exp(2 GAMMA (cosine - 1)). All three were tuned for all-MiniLM-L6-v2 on paraphrases of the pool that are not those of the tests.
 # The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
 FLOOR, GAMMA, C = 0.57, 2.0, 10.0
-CONCLUSION = re.compile(r"^(?:so |therefore |thus |hence )?the (?:correct |right |final )?(?:answer|choice|option) is ")
 OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
+GAP = re.compile(r",\s+|[.!?…]+[\"')\]”’*_]*\s+")
+# A statement in other words holds one of these, speaks of nothing else, and is short.
+SPEAKS = re.compile(
+    r"\b(?:i|i'[dm]|my|me)\b|\b(?:un|in|im)?(?:sure|certain|confiden|confirm(?!s)|doubt|trust|faith|believ|guess|verif|check|guarantee|correct|"
+    r"right|wrong|true|accura|exact|precis|reliab|rely|depend|mistake|error|slip|flaw|shak|convinc|positive|question|probab|likely|possib|clear|"
+    r"hesita|reserv|caution|prove|basis|evidence|support|vouch|promise|idea|know|solid|sound|hold|skeptic|credib|perfect|settled|chance)"
+)
+ELSEWHERE = re.compile(
+    r"^(?:(?!some|every|no)\w+ing|which|who|whose|he|she|they|we|let|i (?:can )?(?:see|hope)|therefore|thus|hence|"
+    r"the (?!evidence|signs|odds|chance))\b|(?:\S+ ){12}"
+)
 NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-statements writes
 
 
@@ -1264,49 +1318,49 @@ class StatementReader:
     def parse(self, texts: Sequence[str]) -> list[list[Step]]:
         """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own
         after one without a statement."""
-        split = [split_steps(text) for text in texts]
-        self.levels([step.text.rpartition(", ")[2] for sentences in split for step in sentences])  # in one go; looked up below
-        clauses = [[self._find_clause(step.text) for step in sentences] for sentences in split]
-        self.levels(
-            [step.text for i, found in enumerate(clauses) for step, (_, level) in zip(split[i], found, strict=True) if not level]
-        )
+        split = [[(step, text[step.start : step.stop]) for step in split_steps(text)] for text in texts]
+        self.levels([part for sentences in split for _, raw in sentences for part in (raw, raw.rpartition(", ")[2])])  # in one go
         parsed = []
-        for sentences, found in zip(split, clauses, strict=True):
+        for text, sentences in zip(texts, split, strict=True):
             steps: list[Step] = []
-            for step, (comma, level) in zip(sentences, found, strict=True):
+            for step, raw in sentences:
+                gap, level = self._find_clause(raw)
                 follows = bool(steps) and steps[-1].level is None
-                own = self.levels([step.text])[0] if follows and (level is None or plain(step.text) in self.pool) else None
+                own = self.levels([raw])[0] if follows and (level is None or plain(raw) in self.pool) else None
                 if own:  # the statement of the sentence before
                     steps[-1].statement, steps[-1].level, steps[-1].stop = step.text, own, step.stop
                 elif level:
-                    end = step.start + comma
-                    steps.append(Step(f"{step.text[:comma]}.", step.start, end, step.stop, step.text[comma + 2 :], level))
+                    end, statement = step.start + gap.start(), step.start + gap.end()
+                    sentence = f"{text[step.start : end]}{gap.group().replace(',', '.')}"
+                    steps.append(Step(*tidy([sentence]), step.start, end, step.stop, text[statement : step.stop], level))
                 else:
                     steps.append(step)
             parsed.append(steps)
         return parsed
 
-    def _find_clause(self, sentence: str) -> tuple[int | None, int | None]:
-        """Where the comma before a sentence's statement stands, and the level: the first clause that is in the pool (it may hold
-        commas of its own), else the last one if it is a statement in other words."""
-        commas = [m.start() for m in re.finditer(", ", sentence) if re.search(r"\w", sentence[: m.start()])]
-        for comma in commas:
-            if level := self._known(plain(sentence[comma + 2 :])):
-                return comma, level
-        if commas and (level := self.levels([sentence[commas[-1] + 2 :]])[0]):
+    def _find_clause(self, sentence: str) -> tuple[re.Match | None, int | None]:
+        """What stands between a sentence and its statement (a comma, or a stop taken for an abbreviation's), and the level: the
+        first clause that is in the pool (it may hold commas of its own), else the last one if it is a statement in other words."""
+        gaps = [gap for gap in GAP.finditer(sentence) if re.search(r"[^\W_]", sentence[: gap.start()])]
+        for gap in gaps:
+            if level := self._known(plain(sentence[gap.end() :])):
+                return gap, level
+        commas = [gap for gap in gaps if gap.group()[0] == ","]
+        if commas and (level := self.levels([sentence[commas[-1].end() :]])[0]):
             return commas[-1], level
         return None, None
 
     def levels(self, texts: Sequence[str]) -> list[int | None]:
         """The level 1..5 of each wording, seen or not; None where it is no confidence statement."""
         wordings = [plain(text) for text in texts]
-        new = {w for w in wordings if w and w not in self.seen and not self._known(w)}
+        speaks = lambda w: SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))  # noqa: E731
+        new = {w for w in wordings if w not in self.seen and not self._known(w) and speaks(w)}
         for chunk in chunks(sorted(new, key=lambda w: (len(w), w)), 256):
             vote, pool = self._vote
             _, meaning = self._vectors([OPENING.sub("", w) for w in chunk])
             near = (meaning @ pool.T).max(1) >= FLOOR
             for wording, level, ok in zip(chunk, vote.predict(self._vectors(chunk)[0]), near, strict=True):
-                self.seen[wording] = int(level) if ok and not CONCLUSION.match(wording) else None
+                self.seen[wording] = int(level) if ok else None
         return [self._known(w) or self.seen.get(w) for w in wordings]
 
     def _known(self, wording: str) -> int | None:
@@ -1346,24 +1400,29 @@ class Matcher:
         return matched
 
 
+# The words before an answer, those around one, and how its letter is written.
 ANSWER = re.compile(
-    r".*\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]*?)?"
-    r"(?:\s+(?:is|was|would be|should be|must be)\b(?:\s+that\b)?\s*:?|\s*:)\s*(.+)",
-    re.IGNORECASE | re.DOTALL,
+    r"\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]{0,80}?)?"
+    r"(?:\s+(?:is|was|would be|should be|must be)\b(?:\s+that\b)?\s*:?|[*_]*\s*:)[*_]*\s*",
+    re.IGNORECASE,
 )
-LETTER = re.compile(r"^(?:(?:option|choice) )?([A-Z])(?:\s*[).:,-](?:\s|$)|$)|(?<!\w)\(([A-Z])\)", re.IGNORECASE)
+BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]+)\}|<answer>([^<]+)</answer>", re.IGNORECASE)
+IS_RIGHT = re.compile(
+    r"^(?:so,? |therefore,? |thus,? )?(.{1,200}) is (?:the )?(?:correct|right|best)(?: answer| choice| option)?\W*$", re.I
+)
+LETTER = re.compile(r"^(?:(?:option|choice|answer) )?([A-Z])(?:\s*[).:,-](?:\s|$)|$)|(?<!\w)\(([A-Z])\)", re.IGNORECASE)
 
 
 def extract_answer(sentences: Sequence[str], choices: Sequence[str] | None = None) -> str | None:
-    """The answer that the last sentence of a chain names: "So, the answer is 8." -> "8". With choices: the one that it names by its
-    text, by its letter ("(B)", "B", "B. dog"), or alone inside the sentence; else the words after "answer is"."""
+    """The answer that a chain names: "So, the answer is 8." -> "8", in the last sentence that speaks of one ("Let me know if
+    you need more." does not). With choices: the one named by its text, its letter ("(B)", "B. dog"), or alone; else the words."""
     if not sentences:
         return None
-    match = ANSWER.match(sentences[-1])
-    found = match and (match[1].strip(" \n'\"*“”‘’").rstrip(" .!?'\"*”’") or None)
+    last = next(filter(re.compile(r"\b(?:answer|choice|option)\b|boxed", re.I).search, reversed(sentences)), sentences[-1])
+    found = named_answer(last)
     if not choices:
         return found
-    text, names = found or sentences[-1], [bare(choice) for choice in choices]
+    text, names = found or last, [bare(choice) for choice in choices]
     if bare(text) in names:
         return choices[names.index(bare(text))]
     letter = LETTER.search(text)
@@ -1373,6 +1432,13 @@ def extract_answer(sentences: Sequence[str], choices: Sequence[str] | None = Non
     inside = {name for name in names if name and re.search(rf"(?<![\w'-]){re.escape(name)}(?![\w'-])", said)}
     inside = [name for name in inside if not any(name in other for other in inside - {name})]  # "ice" of "ice cream"
     return choices[names.index(inside[0])] if len(inside) == 1 else found
+
+
+def named_answer(sentence: str) -> str | None:
+    """What a sentence says that the answer is; None where it says nothing of the kind."""
+    boxed, words, right = BOXED.search(sentence), [*ANSWER.finditer(sentence)], IS_RIGHT.match(sentence)
+    text = (boxed[1] or boxed[2]) if boxed else sentence[words[-1].end() :] if words else right[1] if right else ""
+    return text.strip(" \n'\"*_$“”‘’").rstrip(" .!?'\"*_$”’") or None
 
 
 def bare(text: str) -> str:

@@ -83,6 +83,11 @@ FLAGS = {
     "confidence": {
         "weights": (Kind(float, NOT_NEGATIVE.allowed, NOT_NEGATIVE.rule, 4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
+        "normalize": (
+            ("minmax", "rank"),
+            "minmax",
+            "before the sum: by minimum and maximum (eq. 7), or by rank, which no outlier squeezes",
+        ),
         "levels": (("sigma", "uniform"), "sigma", "cuts: mu and sigma, or fifths"),
     },
     "reference chains": {
@@ -316,6 +321,10 @@ def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argp
         logprob, entropy, _ = common.response_statistics(vlm, common.add_responses(vlm, prompts, ids))
     responses = [common.read_response(vlm.tokenizer, tokens) for tokens in ids]
     steps = [common.split_steps(response.text) for response in responses]
+    finished = [response.ids[-1] in vlm.end_tokens for response in responses]
+    for found, whole in zip(steps, finished, strict=True):
+        if not whole and found and found[-1].end == found[-1].stop:  # the last sentence was cut
+            found.pop()
     raw = common.uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
     matched = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records)))
     lines = []
@@ -326,7 +335,7 @@ def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argp
             sentence = {"text": step.text, "start": step.start, "end": step.end, "n_tokens": n_tokens}
             sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
             sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
-        lines.append(record | {"response": responses[row].text, "sentences": sentences})
+        lines.append(record | {"response": responses[row].text, "finished": finished[row], "sentences": sentences})
     return lines
 
 
@@ -335,17 +344,28 @@ def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     sentences = [sentence for line in lines for sentence in line["sentences"]]
     common.usage_error(*["no response holds a sentence"] * (not sentences))
     raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
-    confidence = fit_confidence(raw, args.weights, args.fuse, args.levels)
+    broken = [
+        str(line["id"]) for line in lines for s in line["sentences"] if not np.isfinite([s[name] for name in ESTIMATORS]).all()
+    ]
+    common.usage_error(
+        *[f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"]
+        * bool(broken)
+    )
+    confidence = fit_confidence(raw, args.weights, args.fuse, args.levels, args.normalize)
     u = common.fuse(raw, confidence)
     for sentence, value, level in zip(sentences, u, common.to_level(u, confidence), strict=True):
         sentence["u"], sentence["level"] = float(value), int(level)
     return confidence
 
 
-def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma") -> dict:
+def fit_confidence(
+    raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma", normalize: str = "minmax"
+) -> dict:
     """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
     confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
+    if normalize == "rank":
+        confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
     u = common.fuse(raw, confidence)
     mean, std = float(u.mean()), float(u.std())
     sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
@@ -358,9 +378,20 @@ def summarize(lines: list[dict]) -> None:
     for line in lines:
         parts += ["image" if i < len(line["reference"]["image"]) else "reasoning" for i in range(len(line["sentences"]))]
     wrong, part = np.array([not sentence["correct"] for sentence in sentences]), np.array(parts)
-    print(f"\n{len(lines)} questions, {len(sentences)} sentences, {1 - wrong.mean():.3f} of them match a reference chain")
-    print("AUROC (wrong against right)      all   image  reasoning")
-    for name in (*ESTIMATORS, "u"):
+    known = all(sentence["correct"] is not None for sentence in sentences)
+    print(
+        f"\n{len(lines)} questions, {len(sentences)} sentences"
+        + f", {1 - wrong.mean():.3f} of them match a reference chain" * known
+    )
+    common.report_unsplit(lines)
+    for name in ESTIMATORS:
+        values = [sentence[name] for sentence in sentences]
+        if max(values) > 100 * np.quantile(values, 0.99):
+            print(
+                f"  {name}: the largest value is more than 100 x the 99th percentile and squeezes all others; see --normalize rank"
+            )
+    print("AUROC (wrong against right)      all   image  reasoning" * known)
+    for name in (*ESTIMATORS, "u") if known else ():
         values, cells = np.array([sentence[name] for sentence in sentences]), []
         for rows in (part != "", part == "image", part == "reasoning"):
             mixed = 0 < wrong[rows].sum() < rows.sum()
@@ -368,8 +399,8 @@ def summarize(lines: list[dict]) -> None:
         print(f"  {'U_Final' if name == 'u' else name:28s} {'   '.join(cells)}")
     levels = np.array([sentence["level"] for sentence in sentences])
     for level in range(common.N_LEVELS, 0, -1):
-        right = f"{1 - wrong[levels == level].mean():.2f} correct" if level in levels else "empty"
-        print(f"  level {level}: {(levels == level).mean():6.1%} of the sentences, {right}")
+        right = f", {1 - wrong[levels == level].mean():.2f} correct" if known and level in levels else ""
+        print(f"  level {level}: {(levels == level).mean():6.1%} of the sentences{right}")
 
 
 def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
@@ -537,7 +568,7 @@ def main(argv: list[str] | None = None) -> None:
     setup = {name: getattr(args, name) for name in handed_on} | {"world_seed": args.seed}
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if args.responses:
-        given, needed = common.read_jsonl(args.responses), ("image", "question", "response")
+        given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
         records = common.usable(given, needed, args.allow_bad_records, args.limit)
         blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
         records = [{"id": i} | blank | record for i, record in enumerate(records)]

@@ -174,7 +174,13 @@ def compute_metrics(predictions: list[dict]) -> dict:
         "coverage": mean([level is not None for level in levels]),
         "auroc": auroc(answer_confidence, answer_correct),
         "accuracy": mean([bool(p["answer_correct"]) for p in predictions]),
-        "direct_answer": mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in predictions]),
+        "direct_answer": mean(
+            [
+                direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]])
+                for p in predictions
+                if not p.get("difficult_direct_answer")  # as A-OKVQA's authors do
+            ]
+        ),
         **sentence_metrics(predictions),
         "n_questions": len(predictions),
         "level_histogram": {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)},
@@ -365,6 +371,17 @@ def same_answer(prediction: str | None, answer: str) -> bool:
     return prediction is not None and bare(prediction) == bare(answer)
 
 
+def is_right(prediction: str | None, record: dict, last_matches: bool) -> bool:
+    """Whether the prediction is the answer, or one of its listed alternatives. An answer that is a whole clause ("the artwork
+    belongs to India.") holds the right prediction as a phrase, or is what the chain's last sentence says (`last_matches`)."""
+    if record.get("answer_is_clause"):
+        phrase = bare(prediction or "")
+        return last_matches or bool(phrase) and f" {phrase} " in f" {bare(record['answer'])} "
+    return any(
+        same_answer(prediction, answer) for answer in [record["answer"], *([] if record["choices"] else record.get("answers", []))]
+    )
+
+
 def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
     """A-OKVQA's direct-answer score, min(1, matches / 3) over its ten answers; with fewer answers one match is enough."""
     return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
@@ -390,7 +407,7 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
             | {
                 "response": text,
                 "prediction": answer,
-                "answer_correct": same_answer(answer, record["answer"]),
+                "answer_correct": is_right(answer, record, len(steps) > 0 and matched[-1, -1]),
                 "sentences": sentences,
                 "covered": {"image": covered[:n_image], "reasoning": covered[n_image:]},
             }
@@ -433,6 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     right = lambda prediction: [prediction["answer_correct"]]  # noqa: E731
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer, right)
     if run.accelerator.is_main_process:
+        common.report_unsplit(predictions)
         metrics = compute_metrics(predictions)
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")

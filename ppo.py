@@ -429,13 +429,15 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    common.usage_error(*common.indivisible(args), *common.untrainable(ckpt, args))
+    questions = common.read_jsonl(ckpt / "sft.jsonl")
+    blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
+    problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
+    common.usage_error(*common.indivisible(args), *common.untrainable(ckpt, args), *problems)
     run = common.Run("ppo", args, setup)
     if run.finished:
         return
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
-    questions = common.read_jsonl(ckpt / "sft.jsonl")
     judge = load_judge(common.read_json(ckpt / "confidence.json"), setup, run.device)
     reader, models = common.StatementReader(setup["statement_encoder"]), load_models(ckpt, args, run.device)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}

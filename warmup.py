@@ -20,6 +20,7 @@ Choices beyond the paper
 """
 
 import functools
+import re
 import shutil
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, po
     parts = []
     for sentence, level in zip(sentences, levels, strict=True):
         statement = pool[level][rng.integers(len(pool[level]))]
-        if statement[0].islower() and sentence.endswith("."):
+        if statement[0].islower() and re.search(r"[^.]\.$", sentence):
             parts.append(f"{sentence[:-1]}, {statement}")
         else:
             parts.append(f"{sentence} {statement[0].upper()}{statement[1:]}")
@@ -83,15 +84,16 @@ def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[st
     """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or a neighbouring one)."""
     levels = []
     for sentence in line["sentences"]:
-        moved = int(rng.choice([-1, 1])) if rng.random() < explore else 0
-        levels.append(min(max(sentence["level"] + moved, 1), N_LEVELS))
+        level = sentence["level"]
+        neighbours = [other for other in (level - 1, level + 1) if 1 <= other <= N_LEVELS]
+        levels.append(int(rng.choice(neighbours)) if rng.random() < explore else level)
     return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool)
 
 
 def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator) -> tuple[float, float]:
     """One optimizer step -> loss and gradient norm. The loss is normalised by the tokens of the whole batch, so that neither
     micro-batches nor processes (each takes its share of the batch) change anything."""
-    ids = common.response_ids(vlm, texts)
+    ids = common.response_ids(vlm, texts, [record.get("finished", True) for record in records])
     n_tokens, loss_sum = sum(map(len, ids)), torch.zeros((), device=vlm.model.device)
     optimizer.zero_grad()
     for part in common.chunks(common.share(accelerator, list(zip(records, ids, strict=True))), micro_batch):

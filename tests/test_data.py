@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import common
 import evaluate
+import warmup
 
 CHAIN = {"Image_level": ["  A dog lies on\na sofa "], "Reasoning_level": ["Dogs like sofas!", "So, the answer is sleeping"]}
 
@@ -56,6 +58,7 @@ def test_aokvqa_record(tmp_path):
         assert record == {
             "id": "q377368", "image": str(tmp_path / "val2017/000000377368.jpg"), "question": "What does the dog do?",
             "choices": ["eating", "sleeping"], "answer": "sleeping", "answers": ["sleep"] * 10,
+            "answer_is_clause": False, "difficult_direct_answer": False,
             "reference": {"image": ["A dog lies on a sofa."], "reasoning": ["Dogs like sofas!", "So, the answer is sleeping."]},
         }  # fmt: skip
     assert common.prompt_text(record).startswith("What does the dog do? Choices: eating, sleeping.")
@@ -78,9 +81,8 @@ def test_lists_in_strings_and_choice_of_chain(tmp_path):
 FLAWS = {
     "no question": [{"question": " "}, {"question": ...}],
     "no chain": [{"keys": ..., "keys_filtered": ...}],
-    "missing level": [{"keys_filtered": {"Reasoning_level": ["x"]}}, {"keys_filtered": CHAIN | {"Image_level": []}}],
     "empty chain": [{"keys_filtered": {"Image_level": [], "Reasoning_level": [" "]}}, {"keys_filtered": {}}],
-    "no answer": [{"choices": ..., "correct_choice_idx": ..., "keys_filtered": CHAIN | {"Reasoning_level": ["It sleeps."]}}],
+    "no answer": [{"choices": ..., "correct_choice_idx": ..., "keys_filtered": CHAIN | {"Reasoning_level": []}}],
     "malformed": [
         {"question": 3}, {"image_id": ...}, {"image_id": "dog"}, {"correct_choice_idx": 2}, {"correct_choice_idx": -1},
         {"choices": 7}, {"choices": "['a', "}, {"choices": "__import__('os')"}, {"keys_filtered": "no chain"},
@@ -226,10 +228,11 @@ def test_hub(tmp_path, monkeypatch, capsys):
     ("Thus, the correct answer would be “hot pot”.", "hot pot"), ("The answer to the question is that it rains.", "it rains"),
     ("The answer is unclear at first, but the answer is red.", "red"), ("So, the best choice is a hand pump.", "a hand pump"),
     ("So, the answer cannot be determined from the image.", None), ("It was answered: yes", None), ("It is red.", None),
-    ("The answer is .", None),
+    ("The answer is .", None), (r"So, the answer is $\boxed{12}$.", "12"), ("<answer>a red hat</answer>", "a red hat"),
+    (r"\boxed{\text{red}}", "red"), ("So, pound cake is the correct answer.", "pound cake"), ("**The answer is: *red***", "red"),
 ])  # fmt: skip
 def test_direct_answers(sentence, answer):
-    assert common.extract_answer(["The answer is wrong.", sentence]) == answer
+    assert common.extract_answer(["It is red.", sentence]) == answer
     assert common.extract_answer([]) is None and common.extract_answer([], ["a"]) is None
 
 
@@ -242,10 +245,34 @@ CHOICES = ["ice", "ice cream", "snow", "a t-shirt"]
     ("The answer is option A", "ice"), ("The answer is 'Snow'.", "snow"), ("So, the answer is the T-shirt.", "a t-shirt"),
     ("So, it is a cone of ice cream.", "ice cream"), ("Thus, the snow is deep", "snow"), ("The answer is ice, not snow.", "ice"),
     ("So, the answer is either ice or snow.", "either ice or snow"), ("It shows ice and snow.", None), ("The answer is E", "E"),
+    (r"$\boxed{B}$", "ice cream"), ("<answer>C</answer>", "snow"), ("Option B is correct.", "ice cream"),
+    ("Answer: B.", "ice cream"),
     ("The answer is not snow.", "not snow"), ("The answer is a nice dish.", "a nice dish"), ("A dog and a snowman(s).", None),
 ])  # fmt: skip
 def test_multiple_choice(sentence, answer):
     assert common.extract_answer([sentence], CHOICES) == answer
+
+
+def test_a_closing_remark_names_no_answer():
+    assert common.extract_answer(["So, the answer is snow.", "Let me know if you need more."], CHOICES) == "snow"
+    assert common.extract_answer(["So, the answer is a dog.", "I hope this helps!"]) == "a dog"
+
+
+def test_right_answers():
+    cake = {"answer": "a sponge cake or pound cake", "answers": ["a sponge cake or pound cake", "a sponge cake", "pound cake"]}
+    right = lambda text, record, last=False: evaluate.is_right(text, {"choices": None} | record, last)  # noqa: E731
+    assert [right(text, cake) for text in ("pound cake", "Sponge cake", "cake", None)] == [True, True, False, False]
+    assert not right("pound cake", cake | {"choices": ["x"]})  # of a choice there is one
+    clause = {"answer": "So, the artwork in the image belongs to India.", "answer_is_clause": True}
+    assert [right(text, clause) for text in ("India", "the artwork", "Indi", "", None)] == [True, True, False, False, False]
+    assert right(None, clause, last=True)
+
+
+def test_extraction_is_linear():
+    began = time.process_time()
+    for text in (piece * 9000 for piece in ("the answer to ", "answer is ", ".", "A. ", "a, ", "\n", "(*_")):
+        common.extract_answer([text]), common.split_steps(text)
+    assert time.process_time() - began < 10  # a few hundredths; minutes where it is not linear
 
 
 def test_choices_that_are_letters_or_empty():
@@ -270,9 +297,9 @@ published = pytest.mark.skipif(not DATA.is_dir() and not needed, reason="the pub
 def test_published_aokvqa(capsys):
     records = common.load_data("aokvqa", DATA, "validation", require_images=False)
     printed = capsys.readouterr().out
-    assert len(records) == 1123 and "28 of 1152 records left out: missing level" in printed
-    assert "1 of 1152 records left out: empty chain (WapXzWUgE3zgx5n3fVGUjS)" in printed
-    assert len({r["id"] for r in records}) == 1123 and sum("#" in r["id"] for r in records) == 8
+    assert len(records) == 1151 and "1 of 1152 records left out: empty chain (WapXzWUgE3zgx5n3fVGUjS)" in printed
+    assert len({r["id"] for r in records}) == 1151 and sum("#" in r["id"] for r in records) == 8
+    assert sum(r["difficult_direct_answer"] for r in records) == 70 and not any(r["answer_is_clause"] for r in records)
     named = [evaluate.same_answer(common.extract_answer(r["reference"]["reasoning"], r["choices"]), r["answer"]) for r in records]
     assert sum(named) >= 1090  # the others misspell the choice, name none or name a wrong one
 
@@ -280,5 +307,22 @@ def test_published_aokvqa(capsys):
 @published
 def test_published_culturalvqa(capsys):
     records = common.load_data("culturalvqa", DATA, "test", require_images=False)
-    assert len(records) == 719 and "75 of 800 records left out: no answer" in capsys.readouterr().out
-    assert all(r["answer"] and r["reference"]["image"] and r["reference"]["reasoning"] for r in records)
+    assert len(records) == 800 and "left out" not in capsys.readouterr().out
+    clauses = [r for r in records if r["answer_is_clause"]]
+    assert len(clauses) == 76 and all(r["answer"] == r["reference"]["reasoning"][-1] for r in clauses)
+
+
+@published
+def test_published_sentences_are_no_statements_and_come_back(reader):
+    sentences = []
+    for name, split in (("aokvqa", "validation"), ("culturalvqa", "test")):
+        for record in common.load_data(name, DATA, split, require_images=False):
+            sentences += common.reference_chain(record)
+    sentences = list(dict.fromkeys(sentences))
+    parsed = reader.parse([f"It is red. {sentence}" for sentence in sentences])
+    assert sum(any(step.level for step in steps) for steps in parsed) <= 0.002 * len(sentences)
+    rng, pool, chains = np.random.default_rng(0), common.load_statements(), [sentences[i : i + 5] for i in range(0, 2000, 5)]
+    levels = [rng.integers(1, 6, size=5).tolist() for _ in chains]
+    texts = [warmup.insert(chain, said, rng, pool) for chain, said in zip(chains, levels, strict=True)]
+    back = [([step.text for step in steps], [step.level for step in steps]) for steps in reader.parse(texts)]
+    assert back == list(zip(chains, levels, strict=True))

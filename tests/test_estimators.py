@@ -150,6 +150,7 @@ def test_length_normalized_logprob():
     logprob = torch.tensor([-0.1, -2.0, -0.7])
     assert float(common.length_normalized_logprob(logprob)) == pytest.approx(math.exp(2.8 / 3), rel=1e-6)
     assert float(common.length_normalized_logprob(torch.zeros(1))) == 1.0
+    assert float(common.length_normalized_logprob(torch.tensor([-95.0]))) == common.MAX_PERPLEXITY == 1e6
 
 
 def test_mean_token_entropy():
@@ -233,6 +234,29 @@ def test_confidence_of_a_data_set():
     assert common.fuse(raw, largest).tolist() == pytest.approx([0.0, 0.5, 1.0])
     without = estimate.fit_confidence(raw, [0, 1, 1, 0])
     assert common.fuse(raw, without).tolist() == pytest.approx([0.0, 0.375, 1.0])
+
+
+def test_ranks_and_outliers(capsys):
+    """One outlier squeezes all others under min-max; ranks keep them apart, and the summary says so."""
+    raw = np.repeat(np.array([*np.linspace(1, 2, 100), 1e6])[:, None], 4, 1)
+    assert common.fuse(raw, estimate.fit_confidence(raw, [1] * 4))[:100].max() < 1e-5
+    ranked = estimate.fit_confidence(raw, [1] * 4, normalize="rank")
+    assert common.fuse(raw, ranked) == pytest.approx(np.linspace(0, 1, 101), abs=1e-9)
+    assert common.fuse(np.full((1, 4), 1.5), ranked) == pytest.approx([0.495], abs=0.006)
+    assert common.fuse(np.array([[0.0] * 4, [1e9] * 4]), ranked).tolist() == [0, 1]
+    sentences = [dict(zip(common.ESTIMATORS, row, strict=True)) | {"correct": None, "u": 0.1, "level": 4} for row in raw]
+    estimate.summarize([{"id": 1, "sentences": sentences, "reference": {"image": [], "reasoning": []}}])
+    printed = capsys.readouterr().out
+    assert printed.count("see --normalize rank") == 4 and "match" not in printed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_level(value, capsys):
+    lines = [{"id": f"q{i}", "sentences": [dict.fromkeys(common.ESTIMATORS, float(i))]} for i in range(9)]
+    lines[4]["sentences"][0]["mte"] = value
+    with pytest.raises(SystemExit):
+        estimate.assign_levels(lines, estimate.parse_args([]))
+    assert "not finite in 1 sentences (q4)" in capsys.readouterr().err and "level" not in lines[0]["sentences"][0]
 
 
 def test_levels():

@@ -70,11 +70,99 @@ def test_parse_other_wordings(reader):
     assert steps[0].level == 5 and steps[1].level in (1, 2)
 
 
-def test_split_sentences():
-    text = 'Mr. Li has 3.5 apples. "Is it so?" Yes!  e.g. the U.S. flag\nNew line. and lower case'
-    assert [text[a:b] for a, b in common.split_sentences(text)] == [
-        "Mr. Li has 3.5 apples.", '"Is it so?"', "Yes!  e.g. the U.S. flag", "New line. and lower case",
-    ]  # fmt: skip
+SPLIT = [  # sentences as they stand in a text, "|" between them
+    "So, the answer is B.| I'm unsure about this.",
+    "No.| It is dark.",
+    "It opens at 9 a.m.| The shop is new.",
+    "vitamin C.| It is red.",
+    "Made in the U.S.| The flag is blue.",
+    "He said “Stop.”| The car stops.",
+    'She asked "Why?"| It is red.',
+    "Is it so?| Yes!| Good.",
+    "It is red.| École is French.",
+    "It is red.| Über is big.",
+    "It is red.| Şehir is big.",
+    "Он стоит.| Кот сидит.",
+    "猫は黒い。|犬は白い。",
+    "He can't.| The cat sits.",
+    "It is the man's.| The cat sits.",
+    "The cat is black.\n|the mat is red",
+    "It suits me.| It is red.",
+    "It is Jan. 5 today.| Go.",
+    "It is Prof. Lee.| Go.",
+    "We see Mt. Fuji there.| Go.",
+    "We go e.g. in May.| Go.",
+    "It is 3.5 m long.| Go.",
+    "George W. Bush sat.| Go.",
+    "J. Smith sat.| Go.",
+    "The U.S. Army came.| Go.",
+    "He (see Fig. 3) sat.| (It was red.)| Go.",
+    "It is approx. five m.",
+    "He has a Ph.D. in art.| Go.",
+    "Mr. Li has 3.5 apples.| It is No. 5 there.",
+    "Tea, coffee, etc. are hot.",
+    "The mat is red.| “Go.”| It is.",
+]
+
+
+@pytest.mark.parametrize("text", SPLIT)
+def test_split_sentences(text):
+    whole = text.replace("|", "")
+    assert [whole[a:b] for a, b in common.split_sentences(whole)] == [part.strip() for part in text.split("|")]
+
+
+TIDY = {  # what a model writes -> its sentences
+    "1. The cat is black.\n2. The mat is red.": ["The cat is black.", "The mat is red."],
+    "1. The cat is black. 2. The mat is red.": ["The cat is black.", "The mat is red."],
+    "## Observation\n- a cat\n* **a mat**\n\nAnswer: B": ["a cat.", "a mat.", "Answer: B."],
+    "**Step 1:**\nThe cat is *black*.\nThe image shows:\n• a mat\n**Answer:**\nB": ["The cat is black.", "a mat.", "Answer: B."],
+    "**Bold.** It is red": ["Bold.", "It is red."],
+    "(1) One cat\n(2) Two mats;": ["One cat.", "Two mats."],
+    "**The answer is cat**": ["The answer is cat."],
+    "A. The cat is red": ["A. The cat is red."],
+    "The snake_case name is 2 * 3 * 4.": ["The snake_case name is 2 * 3 * 4."],
+    "...\n---\n🙂": [],
+}
+
+
+@pytest.mark.parametrize("text", TIDY)
+def test_steps_are_tidy(text):
+    steps = common.split_steps(text)
+    assert [step.text for step in steps] == TIDY[text]
+    for step in steps:
+        assert common.tidy([text[step.start : step.end]])[0].rstrip(".") == step.text.rstrip(".")
+
+
+def test_every_statement_is_found_after_every_kind_of_sentence(reader):
+    sentences = [step.text for text in [*TIDY, *(text.replace("|", "") for text in SPLIT)] for step in common.split_steps(text)]
+    rng, pool, texts, expected = np.random.default_rng(0), common.load_statements(), [], []
+    for i in range(1000):
+        chain = [sentences[j] for j in rng.integers(len(sentences), size=3)]
+        levels = [i % 5 + 1, *map(int, rng.integers(1, 6, size=2))]
+        texts.append(warmup.insert(chain, levels, rng, pool))
+        expected.append(list(zip(chain, levels, strict=True)))
+    for text, steps, pairs in zip(texts, reader.parse(texts), expected, strict=True):
+        assert [(step.text, step.level) for step in steps] == pairs, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I hope this helps!",
+        "The text is unclear.",
+        "He wears a helmet, which is certainly for protection.",
+        "He is right.",
+        "The sky is clear.",
+        "The lamp is lit, confirming the count.",
+        "Streetlights are on, indicating it is dark.",
+        "The man is certainly tall.",
+        "Let me know if you need more.",
+        "I can see a dog.",
+        "Most of it is hidden, the rest is probably a wall.",
+    ],
+)
+def test_no_statements(text, reader):
+    assert [step.level for step in reader.parse([f"It is red. {text}"])[0]] == [None, None]
 
 
 def test_fresh_paraphrases(reader):
