@@ -35,6 +35,7 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -43,7 +44,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -55,7 +56,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import uniform_filter
 from sentencex import get_sentence_boundaries
 from sklearn.datasets import load_digits
@@ -70,7 +71,7 @@ N_LEVELS = 5
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_TARGETS = r".*(language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What a model is asked (the digits model knows its questions bare); edit it here, every stage uses it.
 QUESTION_PROMPT = (
     "{question}\nFirst say what the image shows that matters, then reason from it to the answer, in short sentences that each "
@@ -456,10 +457,42 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
 
 
-@functools.lru_cache(maxsize=512)
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it, 8-bit RGB: upright, 16 bits scaled to 8, what is transparent white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=float))
+        top = 65535 if "16" in image.mode else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
+        image = Image.fromarray((255 * values / top).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=32)  # of 12 megapixels they are a gigabyte
 def load_image(path: str) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return as_seen(image)
+
+
+def find_picture(image: str, roots: Sequence, model: str | None) -> str:
+    """The path of a picture that `model` takes, as given or in one of the folders `roots`, outside which no file is opened; else
+    ValueError(why not)."""
+    places = [os.path.normpath(Path(root, str(image))) for root in ("", *roots)]
+    inside = [p for p in places if any(Path(os.path.abspath(p)).is_relative_to(os.path.abspath(root)) for root in roots)]
+    if not inside:
+        raise ValueError(f"image outside {' and '.join(map(str, roots))}")
+    path = next(filter(os.path.isfile, inside), inside[0])
+    try:
+        with Image.open(path) as picture:
+            size = picture.size
+            picture.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
+            as_seen(picture)
+    except Exception:  # Pillow's decoders raise many kinds
+        raise ValueError("image missing or unreadable") from None
+    if model and not takes_size(model, size):
+        raise ValueError("image refused by the model's processor")
+    return path
 
 
 HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
@@ -523,7 +556,7 @@ def load_data(
     sound = [record["image"] for record in records if not record["flaw"]]
     if require_images and sound and not any(Path(image).is_file() for image in sound):
         usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
-    return usable(records, (), allow_bad_records, limit, require_images)
+    return usable(records, (), allow_bad_records, limit, (root,) * require_images, (world or {}).get("model"))
 
 
 def read_annotations(root: Path, folder: str, files: list[str], split: str, layout: str) -> tuple[Path, list]:
@@ -596,23 +629,27 @@ def unpack(value, kind: type):
 
 
 def usable(
-    records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit: int | None = None, require_images: bool = True
+    records: Sequence[dict],
+    needed: Sequence[str],
+    allow_bad: bool,
+    limit: int | None = None,
+    roots=("/",),
+    model: str | None = None,
 ) -> list[dict]:
-    """The first `limit` records without a "flaw", with all `needed` fields and an image that opens; no image is opened beyond them.
-    The others are counted by reason, and more than a fifth of all records end the run (exit code 2) unless `allow_bad`."""
+    """The first `limit` records without a "flaw", with all `needed` fields and a picture that `find_picture` finds (none is opened
+    beyond them, or without `roots`). The others are counted by reason, and more than a fifth of all records end the run (exit code
+    2) unless `allow_bad`."""
     good, bad = [], {}
     for record in records:
         reason = record.get("flaw") or next(
             (f"no {n}" for n in needed if not isinstance(record.get(n), str) or not record[n]), None
         )
         wanted = limit is None or len(good) < limit
-        if not reason and wanted and require_images:
+        if not reason and wanted and roots:
             try:
-                with Image.open(record["image"]) as image:
-                    image.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
-                    image.load()
-            except Exception:  # Pillow's decoders raise many kinds
-                reason = "image missing or unreadable"
+                record = record | {"image": find_picture(record["image"], roots, model)}
+            except ValueError as error:
+                reason = str(error)
         if reason:
             bad.setdefault(reason, []).append(str(record.get("id")))
         elif wanted:
@@ -651,6 +688,7 @@ class VLM:
     tokenizer: object
     plain_head: bool  # its logits are head(hidden) and nothing else
     end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
+    special: dict[str, int | None]  # image, turn, padding, ... tokens: neither in what is asked nor in what is written
     train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
 
 
@@ -661,10 +699,16 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     for more in (model.generation_config.eos_token_id, getattr(text, "eos_token_id", None)):
         ends += more if isinstance(more, list) else [more]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = ends[0]  # any would do: padding is masked
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
     model.eval()
-    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)
+    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     head = model.get_output_embeddings()
-    return VLM(model, base, head, processor, processor.tokenizer, has_plain_head(model, base, head), ends)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
+    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, ids)
 
 
 @torch.no_grad()
@@ -678,6 +722,22 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
     logits, expected = model(**inputs).logits, head(base.model(**inputs).last_hidden_state)
     tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2
     return bool((logits - expected).abs().max() <= tolerance * logits.abs().max())
+
+
+@functools.cache
+def load_processor(path: str | Path):
+    with loading("model", path):
+        return AutoProcessor.from_pretrained(path)
+
+
+@functools.cache
+def takes_size(model: str, size: tuple[int, int]) -> bool:
+    """Whether a model's processor takes pictures of a size, tried with a black one: some refuse narrow ones."""
+    processor = load_processor(model)
+    try:
+        return bool(processor.image_processor([[Image.new("RGB", size)]]))
+    except Exception:  # each processor raises its own kinds
+        return False
 
 
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
@@ -818,13 +878,16 @@ def prompt_text(record: dict) -> str:
 
 def collate(vlm: VLM, records: Sequence[dict], responses: Sequence[Sequence[int]] = ()) -> Batch:
     """Prompts of `records` (image and question through the processor's chat template) and, where given, the responses' ids."""
-    content = [[{"type": "image"}, {"type": "text", "text": prompt_text(record)}] for record in records]
+    questions = without_special(vlm, map(prompt_text, records))
+    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
     messages = [[{"role": "user", "content": parts}] for parts in content]
     texts = [vlm.processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
-    images = [r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"]) for r in records]
+    images = [[r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"])] for r in records]  # a list a question
     vlm.tokenizer.padding_side = "left"
-    inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt")
-    inputs = {name: value.to(vlm.model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    begun = texts[0].startswith(vlm.tokenizer.bos_token or "\0")  # by the template, else by the tokenizer
+    inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=not begun)
+    taken = inspect.signature(vlm.base.forward).parameters
+    inputs = {name: x.to(vlm.model.device) for name, x in inputs.items() if name != "token_type_ids" or name in taken}
     nothing = torch.zeros(len(records), 0, dtype=torch.long, device=vlm.model.device)
     prompts = Batch(inputs, nothing, nothing.bool())
     return add_responses(vlm, prompts, responses) if responses else prompts
@@ -843,10 +906,18 @@ def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) 
     return Batch(inputs, ids, mask)
 
 
+def without_special(vlm: VLM, texts: Iterable[str]) -> list[str]:
+    """The texts without what would become an image token or another special one ("<image>", "</s>")."""
+    names = "|".join(re.escape(name) for name in sorted(vlm.special, key=len, reverse=True))
+    token = re.compile(rf"[ \t]*(?:{names})[ \t]*")
+    return [token.sub(" ", text).strip() if token.search(text) else text for text in texts]
+
+
 def response_ids(vlm: VLM, responses: Sequence[str], finished: Sequence[bool] = ()) -> list[list[int]]:
     """Token ids of responses written as text, each closed by the end-of-sequence token, unless it was not `finished`."""
     ends = [vlm.end_tokens[:1] if whole else [] for whole in finished or [True] * len(responses)]
-    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text, end in zip(responses, ends, strict=True)]
+    texts = without_special(vlm, responses)
+    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
 
 
 @torch.no_grad()
@@ -855,12 +926,11 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     vlm.model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    placeholder = getattr(vlm.processor, "image_token_id", None)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=vlm.end_tokens,
         pad_token_id=vlm.tokenizer.pad_token_id,
-        suppress_tokens=None if placeholder is None else [placeholder],
+        suppress_tokens=[token for token in vlm.special.values() if token is not None and token not in vlm.end_tokens] or None,
         **sampling,
     )
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]

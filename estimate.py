@@ -569,7 +569,8 @@ def main(argv: list[str] | None = None) -> None:
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if args.responses:
         given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
-        records = common.usable(given, needed, args.allow_bad_records, args.limit)
+        roots = (Path(args.responses).parent, args.data_dir or args.cache)
+        records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
         blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
         records = [{"id": i} | blank | record for i, record in enumerate(records)]
     else:

@@ -27,7 +27,6 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
@@ -327,14 +326,11 @@ def data_uri(data: bytes, kind: str) -> str:
 def thumbnail(path: str) -> dict | None:
     """A picture to put into a page: tiny ones as they are, with hard pixels; others small. None where it cannot be opened."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGBA")
+        image = common.load_image(path).copy()
     except Exception:  # whatever is wrong with a file, it costs its picture and not the page
         return None
     kind, css = ("png", "pixelated") if max(image.size) <= 64 else ("jpeg", "photo")
     image.thumbnail((320, 320))
-    # On white: a diagram is often black lines on transparency, which would turn black on black.
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)
     return {"kind": css, "uri": data_uri(buffer.getvalue(), kind)}
@@ -440,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("evaluate", args, setup)
     if run.finished:
         return
-    records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, setup)
+    world = setup | {"model": args.ckpt}
+    records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, world)
     matcher, reader = common.Matcher(setup["matcher"], device=run.device), common.StatementReader(setup["statement_encoder"])
     vlm = common.load_model(args.ckpt, args, run.device)
 

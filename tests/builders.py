@@ -1,11 +1,15 @@
-"""Tiny random LLaVA-NeXT and Qwen2-VL models with their real processors, saved to a folder as any model is."""
+"""Tiny random LLaVA-NeXT, Qwen2-VL, Gemma 3 and SmolVLM models with their real processors, saved to a folder as any model is."""
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -18,7 +22,13 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )  # fmt: skip
+from transformers.models.smolvlm import processing_smolvlm
 
 import common
 import estimate
@@ -33,9 +43,19 @@ QWEN = (
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+GEMMA = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+SMOL = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
-def build_tokenizer(special: list[str], pad: str, eos: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(special: list[str], pad: str | None, eos: str, bos: str | None = None, **extra: str) -> PreTrainedTokenizerFast:
     statements = [s for texts in common.load_statements().values() for s in texts]
     corpus = ["What is in the image? The cat sits on the red mat. So, the answer is cat. USER: ASSISTANT: Choices:", *statements]
     tokenizer = Tokenizer(models.BPE())
@@ -44,7 +64,11 @@ def build_tokenizer(special: list[str], pad: str, eos: str) -> PreTrainedTokeniz
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, clean_up_tokenization_spaces=False)
+    if bos:  # as Llama's and Gemma's tokenizers do
+        first = (bos, tokenizer.token_to_id(bos))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[first])
+    names = {"pad_token": pad, "eos_token": eos, "bos_token": bos, "extra_special_tokens": extra}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
 def llava_next_config(vocab: int, image_token: int, full: bool = False, mistral: bool = False) -> LlavaNextConfig:
@@ -110,5 +134,41 @@ def build_qwen2_vl(folder: Path) -> str:
     return str(folder)
 
 
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
+
+
+def build_gemma3(folder: Path) -> str:
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    images = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = build_tokenizer([*special, *images.values()], "<pad>", "<eos>", "<bos>", **images)
+    picture = Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    processor = Gemma3Processor(picture, tokenizer, GEMMA, image_seq_length=4)
+    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 32, "max_position_embeddings": 1024}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    tokens = {"boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7, "eos_token_id": [1, 4]}
+    config = Gemma3Config(text_config=text, vision_config=VISION | {"image_size": 56}, mm_tokens_per_image=4, **tokens)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def build_smolvlm(folder: Path) -> str:
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # a package that only videos need
+    special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>"]
+    special += [f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)]
+    tokenizer = build_tokenizer(special, "<|im_start|>", "<end_of_utterance>", "<|im_start|>")
+    picture = SmolVLMImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 28})
+    processor = SmolVLMProcessor(picture, tokenizer, SmolVLMVideoProcessor(), image_seq_len=1, chat_template=SMOL)
+    text = TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    text |= {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 1}
+    config = SmolVLMConfig(text_config=text, vision_config=VISION | {"image_size": 28}, scale_factor=2, image_token_id=3)
+    torch.manual_seed(0)
+    SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 BUILDERS = {"llava-next-vicuna": build_llava_next, "llava-next-mistral": lambda f: build_llava_next(f, mistral=True),
-            "qwen2-vl": build_qwen2_vl}  # fmt: skip
+            "qwen2-vl": build_qwen2_vl, "gemma3": build_gemma3, "smolvlm": build_smolvlm}  # fmt: skip

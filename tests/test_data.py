@@ -1,8 +1,12 @@
 """Loaders of published annotation files. MMB_DATA may name the folder with the published ones (default: ../shared/data)."""
 
+import base64
+import gc
+import io
 import json
 import os
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +134,95 @@ def test_limit_opens_no_further_image(tmp_path, monkeypatch):
     assert len(opened) == 3  # the first row has no question, the image of the third is missing
     opened.clear()
     assert len(common.load_data("aokvqa", tmp_path, "validation", require_images=False)) == 11 and not opened
+
+
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+
+
+def alpha(*values) -> Image.Image:
+    """Black pixels in a row, as opaque as `values` say."""
+    return Image.fromarray(np.array([[(0, 0, 0, value) for value in values]], dtype=np.uint8), "RGBA")
+
+
+def row(mode: str, *values) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+def oriented() -> Image.Image:
+    """Red above black, kept turned as a camera does: orientation 6."""
+    image = row("RGB", RED, BLACK)
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def palette() -> Image.Image:
+    image = row("P", 0, 1)
+    image.putpalette([*BLACK, *RED])
+    return image
+
+
+PICTURES = {
+    "rgba.png": (alpha(0, 255, 51), {}, [WHITE, BLACK, (204,) * 3]), "a.webp": (alpha(0, 255), {"lossless": True}, [WHITE, BLACK]),
+    "la.png": (alpha(0, 255).convert("LA"), {}, [WHITE, BLACK]), "la.tif": (alpha(0, 255).convert("LA"), {}, [WHITE, BLACK]),
+    "p.png": (palette(), {"transparency": 0}, [WHITE, RED]), "bytes.png": (palette(), {"transparency": b"\x00\xff"}, [WHITE, RED]),
+    "p.gif": (palette(), {"transparency": 0}, [WHITE, RED]), "opaque.png": (palette(), {}, [BLACK, RED]),
+    "rgb.png": (row("RGB", BLACK, RED), {"transparency": BLACK}, [WHITE, RED]),
+    "l.png": (row("L", 0, 100), {"transparency": 0}, [WHITE, (100,) * 3]), "1.png": (row("1", 0, 255), {}, [BLACK, WHITE]),
+    "16.png": (Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)), {}, [BLACK, (100,) * 3, WHITE]),
+    "16.tif": (Image.fromarray(np.array([[0, 257 * 7, 257]], dtype=np.uint16)), {}, [BLACK, (7,) * 3, (1,) * 3]),
+    "f.tif": (Image.fromarray(np.array([[0, 0.6, 1, np.nan]], dtype=np.float32)), {}, [BLACK, (153,) * 3, WHITE, BLACK]),
+    "i.tif": (row("I", 0, 51, 255), {}, [BLACK, (51,) * 3, WHITE]), "i32.tif": (row("I", 0, 10**9), {}, [BLACK, WHITE]),
+    "cmyk.tif": (row("CMYK", (0, 0, 0, 0), (0, 0, 0, 255)), {}, [WHITE, BLACK]), "turned.png": (oriented(), {}, [RED, BLACK]),
+    "black.tif": (Image.fromarray(np.zeros((1, 2), dtype=np.float32)), {}, [BLACK, BLACK]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_seen_as_in_a_viewer(tmp_path, name):
+    """On white where transparent, upright, 16 bits scaled to 8: for the model, for CLIP (both ask load_image) and in the report."""
+    image, options, expected = PICTURES[name]
+    if "turned" in name:
+        options = {"exif": image.getexif()}
+    image.save(tmp_path / name, **options)
+    seen = common.load_image(str(tmp_path / name))
+    assert seen.mode == "RGB" and seen.size == ((1, 2) if "turned" in name else (len(expected), 1))
+    assert np.asarray(seen).reshape(-1, 3).tolist() == list(map(list, expected))
+    shown = Image.open(io.BytesIO(base64.b64decode(evaluate.thumbnail(str(tmp_path / name))["uri"].partition(",")[2])))
+    assert np.array_equal(np.asarray(shown), np.asarray(seen))
+    record = {"id": "x", "image": name}
+    assert common.usable([record], (), False, roots=(tmp_path,)) == [record | {"image": str(tmp_path / name)}]
+
+
+def test_few_decoded_pictures_are_kept(tmp_path):
+    for n in range(80):
+        picture(tmp_path / f"{n}.png")
+    kept = [weakref.ref(common.load_image(str(tmp_path / f"{n}.png"))) for n in range(80)]
+    gc.collect()
+    assert 0 < sum(ref() is not None for ref in kept) <= 32
+
+
+def test_no_file_outside_the_folder_is_opened(tmp_path, monkeypatch, capsys):
+    """Neither by "..", nor by an absolute path, nor in a folder whose name begins alike; links that the user set are followed."""
+    data, opened, original = tmp_path / "data", [], Image.open
+    for path in ("data/in.png", "out.png", "data2/out.png", "beside.png", "elsewhere/linked/a.png"):
+        picture(tmp_path / path)
+    (data / "linked").symlink_to(tmp_path / "elsewhere" / "linked")
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path)) or original(path))
+    monkeypatch.chdir(tmp_path)
+    bad = ["../out.png", str(tmp_path / "out.png"), "../data2/out.png", "linked/../../out.png", "sub/../../out.png", "out.png", 7]
+    records = [{"id": image, "image": image} for image in [*bad, "in.png", "data/in.png", str(data / "in.png"), "linked/a.png"]]
+    used = common.usable(records, (), True, roots=("data",))
+    assert [record["image"] for record in used] == ["data/in.png", "data/in.png", str(data / "in.png"), "data/linked/a.png"]
+    assert all(path.absolute().is_relative_to(data) and ".." not in path.parts for path in opened)
+    printed = capsys.readouterr().out
+    assert "5 of 11 records left out: image outside data" in printed and "2 of 11 records left out: image missing" in printed
+    chain = CHAIN | {"Reasoning_level": ["The answer is x."]}
+    keys = ("in", "../out", str(tmp_path / "out"))
+    write(data, "cvqa_mmb.json", [{"id": key, "question": "What?", "keys_filtered": chain} for key in keys])
+    assert [record["id"] for record in common.load_data("culturalvqa", data, allow_bad_records=True)] == ["in"]
+    assert "2 of 3 records left out: image outside" in capsys.readouterr().out
 
 
 def test_duplicates_keep_apart(tmp_path):
