@@ -744,7 +744,9 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
     trainable: with args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
-    from peft import PeftModel, prepare_model_for_kbit_training  # slow to import, with what it needs
+    for module in model.modules():  # else bitsandbytes packs weights in passes without gradient: other numbers, then no gradient
+        module.support_avx512bf16_for_cpu = False
+    from peft import PeftModel  # slow to import, with what it needs
 
     dtype = getattr(torch, args.dtype)
     options = {"dtype": dtype, "device_map": {"": device}}
@@ -765,12 +767,8 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     if not trainable:
         return make_vlm(model, processor)
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # else bitsandbytes packs weights in passes without gradient, and then has none
     new_adapter = not adapted and getattr(args, "lora_rank", 0)
-    if new_adapter:
-        if args.load_in_4bit:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if new_adapter:  # in float32, on a base that stays as every other stage loads it
         model = add_lora(model, args)
     elif not adapted:
         freeze_vision(model)
@@ -782,9 +780,12 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
 
 
 def untrainable(path: str | Path, args: argparse.Namespace) -> list[str]:
-    """What keeps a model from being trained: 4-bit weights have no gradient, only an adapter on them has."""
+    """What keeps all weights of a model from being trained: 4-bit ones have no gradient, and to one of 16 bits a small step adds
+    nothing. An adapter is float32."""
     adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
-    return ["--load-in-4bit trains an adapter only: it needs warmup.py --lora-rank"] * (args.load_in_4bit and not adapter)
+    flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
+    refused = [flag for flag, given in flags.items() if given and not adapter]
+    return [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]
 
 
 def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -1036,7 +1037,7 @@ class HeadStatistics(torch.autograd.Function):
             rows = slice(start, start + HeadStatistics.ROWS)
             for first in range(0, len(weight), HeadStatistics.BLOCK):
                 w, y = weight[first : first + HeadStatistics.BLOCK], targets[rows] - first
-                z = (hidden[rows] @ w.T).float() if hidden.is_cuda else hidden[rows].float() @ w.float().T
+                z = torch.mm(hidden[rows], w.T, out_dtype=torch.float32) if hidden.is_cuda else hidden[rows].float() @ w.float().T
                 inside = ((y >= 0) & (y < len(w))).nonzero().squeeze(1)
                 yield rows, slice(first, first + len(w)), z, (inside, y[inside])
 

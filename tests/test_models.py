@@ -119,16 +119,16 @@ def test_what_the_processor_gives(model, data):
 def test_special_tokens_in_texts(model, data):
     """What reads like an image token or the end of a turn in a question or response is left out, or it would become one."""
     vlm, record = load(model[1]), make_records(data)[0] | {"choices": None}
-    special = torch.tensor([token for token in vlm.special.values() if token is not None])
+    marks = [token.content for token in vlm.tokenizer.added_tokens_decoder.values()]
+    special = torch.tensor(vlm.tokenizer.convert_tokens_to_ids(marks))
     prompt = lambda text: common.collate(vlm, [record | {"question": text}]).inputs["input_ids"]  # noqa: E731
-    clean = prompt("What is it?")
-    for mark in vlm.special:
-        for text in (f"{mark}\nWhat is it?", f"What {mark} is it?"):
-            assert torch.equal(prompt(text), clean)
-            assert common.response_ids(vlm, [text]) == common.response_ids(vlm, ["What is it?"])
-        nested = f"What is it {mark[:2]}{mark}{mark[2:]}?"  # its halves stay, as text
-        assert torch.isin(prompt(nested), special).sum() == torch.isin(clean, special).sum()
-        assert not torch.isin(torch.tensor(common.response_ids(vlm, [nested])[0][:-1]), special).any()
+    clean, written = prompt("What is it?"), common.response_ids(vlm, ["What is it?"])
+    for mark in [*marks, vlm.processor.image_token]:
+        assert torch.equal(prompt(f"What {mark} is\n{mark}it?"), clean)
+        assert common.response_ids(vlm, [f"What\n{mark}is {mark} it?"]) == written
+        for text in (f"{mark}\nWhat is it?", f"What is it {mark[:2]}{mark}{mark[2:]}?"):  # half a mark stays, as text
+            assert torch.isin(prompt(text), special).sum() == torch.isin(clean, special).sum()
+            assert not torch.isin(torch.tensor(common.response_ids(vlm, [text])[0][:-1]), special).any()
     assert common.response_ids(vlm, [" A < b.\n"])[0][:-1] == vlm.tokenizer(" A < b.\n", add_special_tokens=False)["input_ids"]
 
 
@@ -210,6 +210,39 @@ def test_lora_and_4bit_train(model, data, tmp_path, alone):
     with torch.no_grad():
         logits = [m(**batch.inputs).logits for m in (plain, load(str(tmp_path)).model, load(model[1]).model)]
     assert torch.allclose(logits[0], logits[1], atol=1e-5) and not torch.allclose(logits[0], logits[2], atol=1e-2)
+
+
+def test_one_network_in_every_stage(model, data, tmp_path, alone):
+    """Warm-up, PPO and evaluate compute a 16-bit model, 4-bit or not, in the same types, with the same logits; what learns is
+    float32, or a step of 1e-5 would be lost in rounding."""
+    half = ["--dtype", "bfloat16", *(["--load-in-4bit"] if model[0] in ("llava-next-vicuna", "gemma3") else [])]
+    vlm = load(model[1], "--lora-rank", "2", *half, trainable=True)
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    before = [p.detach().clone() for p in trained]
+    records = make_records(data)[:2]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    warmup.train_step(vlm, records, ["So, the answer is cat."] * 2, optimizer, 2, alone)
+    moved = [(a != b).float().mean().item() for a, b, p in zip(trained, before, trained, strict=True) if p.grad.any()]
+    assert moved and min(moved) > 0.7
+    common.save_model(vlm, tmp_path)
+    batch = common.collate(vlm, records, common.response_ids(vlm, ["So, the answer is cat."] * 2))
+    others = [load(str(tmp_path), *half, trainable=trainable) for trainable in (True, False)]
+    with torch.no_grad():
+        expected = common.response_statistics(vlm, batch)[0]
+        for other in others:
+            names = {name: p.dtype for name, p in other.model.named_parameters()}
+            assert names == {name: p.dtype for name, p in vlm.model.named_parameters()}
+            assert torch.equal(common.response_statistics(other, batch)[0], expected)
+
+
+def test_all_weights_are_trained_in_float32():
+    """Nothing else is offered: NaN in float16, and steps too small for bfloat16."""
+    for dtype in ("bfloat16", "float16"):
+        [problem] = common.untrainable("model", warmup.parse_args(["--lora-rank", "0", "--dtype", dtype]))
+        assert f"--dtype {dtype} trains an adapter only" in problem
+        assert not common.untrainable("model", warmup.parse_args(["--lora-rank", "4", "--dtype", dtype]))
+    assert not common.untrainable("model", warmup.parse_args(["--lora-rank", "0"]))
 
 
 @pytest.mark.parametrize("name", FULL)
