@@ -43,8 +43,9 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -475,23 +476,21 @@ def load_image(path: str) -> Image.Image:
         return as_seen(image)
 
 
-def find_picture(image: str, roots: Sequence, model: str | None) -> str:
-    """The path of a picture that `model` takes, as given or in one of the folders `roots`, outside which no file is opened; else
-    ValueError(why not)."""
+def find_picture(image: str, roots: Sequence, take: Callable) -> str:
+    """The path of a picture that opens and whose size one can `take`, as given or in a folder of `roots`; no other file is opened."""
     places = [os.path.normpath(Path(root, str(image))) for root in ("", *roots)]
     inside = [p for p in places if any(Path(os.path.abspath(p)).is_relative_to(os.path.abspath(root)) for root in roots)]
-    if not inside:
-        raise ValueError(f"image outside {' and '.join(map(str, roots))}")
-    path = next(filter(os.path.isfile, inside), inside[0])
+    reason = "missing or unreadable" if inside else f"outside {' and '.join(map(str, roots))}"
     try:
+        path = next(filter(os.path.isfile, inside), inside[0])
         with Image.open(path) as picture:
             size = picture.size
             picture.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
             as_seen(picture)
-    except Exception:  # Pillow's decoders raise many kinds
-        raise ValueError("image missing or unreadable") from None
-    if model and not takes_size(model, size):
-        raise ValueError("image refused by the model's processor")
+        reason = "refused by the model's processor"
+        take(size)
+    except Exception:  # decoders and processors raise many kinds
+        raise ValueError(f"image {reason}") from None
     return path
 
 
@@ -628,18 +627,14 @@ def unpack(value, kind: type):
     return value
 
 
-def usable(
-    records: Sequence[dict],
-    needed: Sequence[str],
-    allow_bad: bool,
-    limit: int | None = None,
-    roots=("/",),
-    model: str | None = None,
-) -> list[dict]:
-    """The first `limit` records without a "flaw", with all `needed` fields and a picture that `find_picture` finds (none is opened
-    beyond them, or without `roots`). The others are counted by reason, and more than a fifth of all records end the run (exit code
-    2) unless `allow_bad`."""
+def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit=None, roots=("/",), model=None) -> list[dict]:
+    """The first `limit` records without a "flaw", with all `needed` fields and a picture under `roots` that the model's processor
+    takes; none is opened beyond them, or without roots. The others are counted by reason, and more than a fifth of all end the run
+    (exit code 2) unless `allow_bad`."""
     good, bad = [], {}
+    with loading("model", model):
+        processor = AutoProcessor.from_pretrained(model) if model else None
+    take = functools.cache(lambda size: bool(processor and processor.image_processor([[Image.new("RGB", size)]])))
     for record in records:
         reason = record.get("flaw") or next(
             (f"no {n}" for n in needed if not isinstance(record.get(n), str) or not record[n]), None
@@ -647,7 +642,7 @@ def usable(
         wanted = limit is None or len(good) < limit
         if not reason and wanted and roots:
             try:
-                record = record | {"image": find_picture(record["image"], roots, model)}
+                record = record | {"image": find_picture(record["image"], roots, take)}
             except ValueError as error:
                 reason = str(error)
         if reason:
@@ -688,7 +683,8 @@ class VLM:
     tokenizer: object
     plain_head: bool  # its logits are head(hidden) and nothing else
     end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
-    special: dict[str, int | None]  # image, turn, padding, ... tokens: neither in what is asked nor in what is written
+    special: re.Pattern  # what would become an image token or another special one ("</s>") in a question or a response
+    banned: list[int]  # those tokens, less those that end a response: never sampled
     train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
 
 
@@ -702,13 +698,14 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = ends[0]  # any would do: padding is masked
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names += [value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)]
+    special = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\s*")
+    banned = [token for token in tokenizer.convert_tokens_to_ids(names) if token not in (None, *ends)]
     model.eval()
     base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     head = model.get_output_embeddings()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
-    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, ids)
+    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, special, banned)
 
 
 @torch.no_grad()
@@ -724,28 +721,10 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
     return bool((logits - expected).abs().max() <= tolerance * logits.abs().max())
 
 
-@functools.cache
-def load_processor(path: str | Path):
-    with loading("model", path):
-        return AutoProcessor.from_pretrained(path)
-
-
-@functools.cache
-def takes_size(model: str, size: tuple[int, int]) -> bool:
-    """Whether a model's processor takes pictures of a size, tried with a black one: some refuse narrow ones."""
-    processor = load_processor(model)
-    try:
-        return bool(processor.image_processor([[Image.new("RGB", size)]]))
-    except Exception:  # each processor raises its own kinds
-        return False
-
-
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
 
     trainable: with args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
-    for module in model.modules():  # else bitsandbytes packs weights in passes without gradient: other numbers, then no gradient
-        module.support_avx512bf16_for_cpu = False
     from peft import PeftModel  # slow to import, with what it needs
 
     dtype = getattr(torch, args.dtype)
@@ -765,6 +744,8 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
         if adapted:
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    for module in model.modules():  # else bitsandbytes packs weights in passes without gradient: other numbers, then no gradient
+        module.support_avx512bf16_for_cpu = False
     if not trainable:
         return make_vlm(model, processor)
     new_adapter = not adapted and getattr(args, "lora_rank", 0)
@@ -879,8 +860,7 @@ def prompt_text(record: dict) -> str:
 
 def collate(vlm: VLM, records: Sequence[dict], responses: Sequence[Sequence[int]] = ()) -> Batch:
     """Prompts of `records` (image and question through the processor's chat template) and, where given, the responses' ids."""
-    questions = without_special(vlm, map(prompt_text, records))
-    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+    content = [[{"type": "image"}, {"type": "text", "text": vlm.special.sub(" ", prompt_text(record))}] for record in records]
     messages = [[{"role": "user", "content": parts}] for parts in content]
     texts = [vlm.processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
     images = [[r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"])] for r in records]  # a list a question
@@ -907,17 +887,10 @@ def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) 
     return Batch(inputs, ids, mask)
 
 
-def without_special(vlm: VLM, texts: Iterable[str]) -> list[str]:
-    """The texts without what would become an image token or another special one ("<image>", "</s>")."""
-    names = "|".join(re.escape(name) for name in sorted(vlm.special, key=len, reverse=True))
-    token = re.compile(rf"[ \t]*(?:{names})[ \t]*")
-    return [token.sub(" ", text).strip() if token.search(text) else text for text in texts]
-
-
 def response_ids(vlm: VLM, responses: Sequence[str], finished: Sequence[bool] = ()) -> list[list[int]]:
     """Token ids of responses written as text, each closed by the end-of-sequence token, unless it was not `finished`."""
     ends = [vlm.end_tokens[:1] if whole else [] for whole in finished or [True] * len(responses)]
-    texts = without_special(vlm, responses)
+    texts = [vlm.special.sub(" ", text) for text in responses]
     return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
 
 
@@ -931,7 +904,7 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
         max_new_tokens=max_new_tokens,
         eos_token_id=vlm.end_tokens,
         pad_token_id=vlm.tokenizer.pad_token_id,
-        suppress_tokens=[token for token in vlm.special.values() if token is not None and token not in vlm.end_tokens] or None,
+        suppress_tokens=vlm.banned or None,
         **sampling,
     )
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
@@ -1133,6 +1106,11 @@ class SentenceEncoder:
 sentence_encoder = functools.cache(SentenceEncoder)  # one of each in a run
 
 
+def newest(cache: dict, size: int = 100_000) -> dict:
+    """A cache within bounds, before what a call needs goes in."""
+    return cache if len(cache) <= size else dict([*cache.items()][-size:])
+
+
 class Similarity:
     """Similarities of pairs of texts in bulk: by a cross-encoder, or the cosine of sentence embeddings.
 
@@ -1149,11 +1127,14 @@ class Similarity:
 
             with loading("cross-encoder", name):
                 self.cross_encoder = CrossEncoder(name, device=device)
+                if self.cross_encoder.num_labels != 1 or not isinstance(self.cross_encoder.activation_fn, nn.Sigmoid):
+                    raise ValueError("it does not score a pair by one number between 0 and 1")
         else:
             self.encoder = sentence_encoder(name, device)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """-> (n,) similarities of n pairs."""
+        self.scores = newest(self.scores)
         new = {pair for pair in pairs if pair not in self.scores}
         if new:
             new = sorted(new, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
@@ -1189,7 +1170,10 @@ class ClipScorer:
         """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
         import open_clip
 
-        with loading("CLIP model", name):
+        if "/" not in name and not Path(name).is_dir():
+            usage_error(f"CLIP model {name} is neither a folder nor NAME/TAG, as ViT-L-14-336-quickgelu/openai")
+        with loading("CLIP model", name), warnings.catch_warnings():
+            warnings.filterwarnings("error", "QuickGELU mismatch")  # the weights of another activation: wrong embeddings
             model, tag = (f"local-dir:{name}", None) if Path(name).is_dir() else name.rsplit("/", 1)
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=tag, device=device)
             self.tokenizer, self.device = open_clip.get_tokenizer(model), device
@@ -1199,6 +1183,7 @@ class ClipScorer:
     @torch.no_grad()
     def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
         """Cosines (n,) of n pairs of image path and sentence."""
+        self.images, self.sentences = newest(self.images), newest(self.sentences)
         for paths in chunks(sorted(set(images) - set(self.images)), 256):
             pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
             self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
@@ -1215,8 +1200,9 @@ class ClipScorer:
 
     def windows(self, sentence: str) -> list[str]:
         """The sentence, halved until its parts fit the context."""
-        words = sentence.split()
-        if int(self.tokenizer(sentence)[0, -1]) == 0 or len(words) < 2:  # the last place is free: it fits
+        words, length, blank = sentence.split(), self.tokenizer.context_length, self.tokenizer("")  # begin, end and padding
+        kept, more = ((~torch.isin(self.tokenizer(sentence, n), blank)).sum() for n in (length, length + 1))
+        if kept == more or len(words) < 2:  # a longer context would hold no more of it: it fits
             return [sentence]
         half = len(words) // 2
         return self.windows(" ".join(words[:half])) + self.windows(" ".join(words[half:]))
@@ -1423,6 +1409,7 @@ class StatementReader:
 
     def levels(self, texts: Sequence[str]) -> list[int | None]:
         """The level 1..5 of each wording, seen or not; None where it is no confidence statement."""
+        self.seen = newest(self.seen)
         wordings = [plain(text) for text in texts]
         speaks = lambda w: SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))  # noqa: E731
         new = {w for w in wordings if w not in self.seen and not self._known(w) and speaks(w)}
@@ -1461,12 +1448,12 @@ class Matcher:
 
     def __call__(self, generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Sentences of n responses and of their n reference chains -> n arrays, bool (generated, reference)."""
-        pairs = [[(plain(a), plain(b)) for a in said for b in facts] for said, facts in zip(generated, references, strict=True)]
+        pairs = [[(a, b) for a in said for b in facts] for said, facts in zip(generated, references, strict=True)]
         if self.similarity:
             self.similarity([pair for part in pairs for pair in part])  # in one go; looked up below
         matched = []
         for part, said, facts in zip(pairs, generated, references, strict=True):
-            scores = self.similarity(part) if self.similarity else np.array([a == b for a, b in part], dtype=float)
+            scores = self.similarity(part) if self.similarity else np.array([plain(a) == plain(b) for a, b in part], dtype=float)
             matched.append((scores >= self.threshold).reshape(len(said), len(facts)))
         return matched
 

@@ -72,7 +72,7 @@ FLAGS = {
     },
     "model": {
         "model": (TEXT, None, "llava-hf/llava-v1.6-vicuna-7b-hf", "vision-language model, hub name or folder"),
-        "clip": (TEXT, None, "ViT-L-14-336/openai", "open_clip model NAME/TAG, or folder"),
+        "clip": (TEXT, None, "ViT-L-14-336-quickgelu/openai", "open_clip model NAME/TAG, or folder"),
         "matcher": (TEXT, "exact", common.CROSS_ENCODER, "what tells right sentences: exact, or a cross-encoder model"),
         "similarity": (TEXT, None, "g of TokenSAR: a sentence encoder or cross-encoder (default: all-MiniLM-L6-v2)"),
         "statement_encoder": (TEXT, None, "sentence encoder that maps statements to levels (default: all-MiniLM-L6-v2)"),
@@ -170,7 +170,7 @@ def build_digits_clip(folder: Path):
     config = {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}
     folder.mkdir(parents=True, exist_ok=True)
     common.write_json(folder / "open_clip_config.json", config)
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", load_weights=False)
+    model = open_clip.CLIP(64, vision, text)
     model.token_embedding.requires_grad_(False)  # random vectors tell 60 words apart, and 3M weights need no optimizer
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 

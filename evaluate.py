@@ -438,8 +438,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     world = setup | {"model": args.ckpt}
     records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, world)
-    matcher, reader = common.Matcher(setup["matcher"], device=run.device), common.StatementReader(setup["statement_encoder"])
-    vlm = common.load_model(args.ckpt, args, run.device)
+    matcher, vlm = common.Matcher(setup["matcher"], device=run.device), common.load_model(args.ckpt, args, run.device)
+    reader = common.StatementReader(setup["statement_encoder"], run.device)
 
     def answer(batch: list[dict], start: int) -> list[dict]:
         return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed)

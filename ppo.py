@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
     judge = load_judge(common.read_json(ckpt / "confidence.json"), setup, run.device)
-    reader, models = common.StatementReader(setup["statement_encoder"]), load_models(ckpt, args, run.device)
+    reader, models = common.StatementReader(setup["statement_encoder"], run.device), load_models(ckpt, args, run.device)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}
     training = common.Training(run, modules, optimizers, args.updates, args.save_every)
     for step in training:

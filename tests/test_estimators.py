@@ -193,24 +193,65 @@ def test_token_relevance_is_one_minus_cosine():
         assert value == pytest.approx(1 - cosine, abs=1e-5)
 
 
-def test_similarity_by_a_cross_encoder(tmp_path):
-    """In bulk, sorted and cached, the scores are those of one call a pair; a pair seen before is not scored again."""
+def save_cross_encoder(folder, labels: int = 1, activation: str | None = None) -> str:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     tokenizer = common.sentence_encoder().model.tokenizer
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1)
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    similarity, pairs = common.Similarity(str(tmp_path)), [("a b c", "a b"), ("a", "a b c d e"), ("a b c", "a b"), ("", "x")]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": labels}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes)
+    if activation:
+        config.sentence_transformers = {"activation_fn": activation}
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_similarity_by_a_cross_encoder(tmp_path):
+    """In bulk, sorted and cached, the scores are those of one call a pair; a pair seen before is not scored again."""
+    name = save_cross_encoder(tmp_path)
+    similarity, pairs = common.Similarity(name), [("a b c", "a b"), ("a", "a b c d e"), ("a b c", "a b"), ("", "x")]
     one_by_one = [similarity.cross_encoder.predict([p])[0] for p in pairs]
     assert similarity(pairs).tolist() == pytest.approx(one_by_one, abs=1e-5)
     similarity.cross_encoder = None  # nothing left to score with
     assert similarity(pairs[::-1]).tolist() == pytest.approx(one_by_one[::-1], abs=1e-5)
-    matcher = common.Matcher(str(tmp_path), threshold=float(np.median(one_by_one)))
+    matcher = common.Matcher(name, threshold=float(np.median(one_by_one)))
     matched = matcher([["a b c", "a"], ["x"]], [["a b"], ["x", "y z"]])
     assert [m.shape for m in matched] == [(2, 1), (1, 2)]
     assert bool(matched[0][0, 0]) == (one_by_one[0] >= np.median(one_by_one))
+
+
+@pytest.mark.parametrize("kind", [{"labels": 3}, {"activation": "torch.nn.modules.linear.Identity"}])
+@pytest.mark.parametrize("make", [common.Similarity, common.Matcher])
+def test_a_cross_encoder_that_gives_no_similarity(tmp_path, capsys, kind, make):
+    """Three labels, or a logit of any size: one line says that it does not score from 0 to 1."""
+    name = save_cross_encoder(tmp_path, **kind)
+    with pytest.raises(SystemExit):
+        make(name)
+    assert "does not score a pair by one number between 0 and 1" in capsys.readouterr().err.splitlines()[-1]
+    make(save_cross_encoder(tmp_path, activation="torch.nn.modules.activation.Sigmoid"))
+
+
+def test_the_matcher_compares_sentences_as_written():
+    """What the threshold was set for has capitals and stops; only the exact matcher leaves them out."""
+    matcher, seen = common.Matcher("exact"), []
+    assert matcher([["The Cat sits."]], [["the cat sits"]])[0].all()
+    matcher.similarity = lambda pairs: seen.extend(pairs) or np.array([0.64, 0.63], dtype=float)[: len(pairs)]
+    assert matcher([["The Cat sits.", "No!"]], [["It's a CAT."]])[0].tolist() == [[True], [False]]
+    assert set(seen) == {("The Cat sits.", "It's a CAT."), ("No!", "It's a CAT.")}
+
+
+def test_caches_are_bounded(cache, records, monkeypatch):
+    """Each holds the newest entries and those of the call; what was dropped is computed again, to the same number."""
+    monkeypatch.setattr(common.newest, "__defaults__", (3,))
+    similarity, clip = common.Similarity(), common.ClipScorer(estimate.digits_paths(cache, 0, 1.0)["clip"])
+    pairs = [(f"It is {n}.", "It is 3.") for n in range(8)]
+    first = similarity(pairs)
+    assert similarity(pairs[:2]).tolist() == pytest.approx(first[:2].tolist(), abs=1e-6) and len(similarity.scores) <= 5
+    images, texts = [record["image"] for record in records[:8]], [a for a, _ in pairs]
+    cosines = clip(images, texts)
+    assert clip(images[:1], texts[:1]).tolist() == pytest.approx(cosines[:1].tolist(), abs=1e-5)
+    assert len(clip.images) <= 4 and len(clip.sentences) <= 4
 
 
 def test_a_response_written_as_text_has_the_ids_that_wrote_it(base, records):
@@ -280,6 +321,73 @@ def test_clip_scorer(cache, records):
         v = model.encode_image(torch.stack([preprocess(common.load_image(p)) for p in images]))
         s = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(sentences))
     assert cosine.tolist() == pytest.approx(torch.cosine_similarity(v, s).tolist(), abs=1e-5)
+
+
+def clip_tokenizer(kind: str):
+    """open_clip's own tokenizers, 12 tokens long: CLIP's; XLM-R's and SigLIP's, which pad with 1 (it also ends SigLIP's texts); and
+    one that puts a class token last. Every word is one token."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "clip":
+        return SimpleTokenizer(context_length=12)
+    words = ["<s>", "<pad>", "</s>", "<cls>", *(f"w{n}" for n in range(50))]
+    base = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<s>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = "<pad>" if kind == "siglip" else "</s>"
+    first = "" if kind == "siglip" else "<s> "
+    if kind != "clips":
+        names = [(word, words.index(word)) for word in words[:3]]
+        base.post_processor = processors.TemplateProcessing(single=f"{first}$A {end}", special_tokens=names)
+    tokenizer = HFTokenizer.__new__(HFTokenizer)
+    names = {"bos_token": "<s>", "eos_token": end, "pad_token": "<pad>", "cls_token": "<cls>"}
+    tokenizer.tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, **names)
+    tokenizer.context_length, tokenizer.clean_fn, tokenizer.strip_sep_token = 12, str.strip, False
+    tokenizer.tokenizer_mode = "clips" if kind == "clips" else ""
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind, room", [("clip", 10), ("xlm-r", 10), ("siglip", 11), ("clips", 9)])
+def test_windows(kind, room):
+    """A sentence stays whole as long as no word of it is lost, whatever pads; a longer one is halved."""
+    scorer = common.ClipScorer.__new__(common.ClipScorer)
+    scorer.tokenizer = clip_tokenizer(kind)
+    word = "a" if kind == "clip" else "w7"
+    for n in range(1, 45):
+        windows = scorer.windows(" ".join([word] * n))
+        lengths = [len(window.split()) for window in windows]
+        assert sum(lengths) == n and max(lengths) <= room and (len(windows) == 1 or min(lengths) >= room // 2), n
+        assert (len(windows) == 1) == (n <= room), n
+
+
+def test_clip_names(capsys, monkeypatch):
+    """The default's activation is that of its weights; the same weights in another model are an error, and so is no tag."""
+    import open_clip
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "nowhere.pt")
+    default = estimate.FLAGS["model"]["clip"][2]
+    model, tag = default.split("/")
+    assert open_clip.get_model_config(model)["quick_gelu"] and open_clip.get_pretrained_cfg(model, tag)["quick_gelu"]
+    for name, said in {
+        "ViT-L-14-336/openai": "QuickGELU mismatch",
+        "ViT-B-32": "ViT-B-32 is neither a folder nor NAME/TAG",
+    }.items():
+        with pytest.raises(SystemExit):
+            common.ClipScorer(name)
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_first_run_warns_of_nothing(tmp_path, caplog):
+    """The digits world's CLIP starts from random weights, as it should: nothing to frighten a newcomer with."""
+    import open_clip
+
+    torch.manual_seed(0)
+    model, _ = estimate.build_digits_clip(tmp_path)
+    assert not caplog.records
+    torch.manual_seed(0)
+    same, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}", load_weights=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
 
 
 def test_llava_sees_what_clip_sees(cache, base):
