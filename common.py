@@ -477,7 +477,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def find_picture(image: str, roots: Sequence, take: Callable) -> str:
-    """The path of a picture that opens and whose size one can `take`, as given or in a folder of `roots`; no other file is opened."""
+    """The path of a picture that opens and whose size one can `take`, as given or in one of `roots`; no other file is opened."""
     places = [os.path.normpath(Path(root, str(image))) for root in ("", *roots)]
     inside = [p for p in places if any(Path(os.path.abspath(p)).is_relative_to(os.path.abspath(root)) for root in roots)]
     reason = "missing or unreadable" if inside else f"outside {' and '.join(map(str, roots))}"
@@ -882,8 +882,8 @@ def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) 
     added = {"input_ids": ids, "attention_mask": mask.long()}  # eq. 8
     inputs, prompt_shape = dict(prompts.inputs), prompts.inputs["input_ids"].shape
     for name, value in inputs.items():
-        if value.shape == prompt_shape:  # others a position: mm_token_type_ids, 0 where the token is text
-            inputs[name] = torch.cat([value, added.get(name, torch.zeros_like(ids))], 1)
+        if value.shape[:2] == prompt_shape:  # others a position: token types, which pictures a token attends to; as the prompt ends
+            inputs[name] = torch.cat([value, added.get(name, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:]))], 1)
     return Batch(inputs, ids, mask)
 
 

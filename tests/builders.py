@@ -16,6 +16,10 @@ from transformers import (
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessor,
+    MllamaProcessor,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -52,6 +56,10 @@ SMOL = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+MLLAMA = (
+    "<|begin_of_text|>{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image|>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}"
 )
 
 
@@ -166,6 +174,25 @@ def build_smolvlm(folder: Path) -> str:
     config = SmolVLMConfig(text_config=text, vision_config=VISION | {"image_size": 28}, scale_factor=2, image_token_id=3)
     torch.manual_seed(0)
     SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def build_mllama(folder: Path) -> str:
+    special = ["<pad>", "<|begin_of_text|>", "<|eot_id|>", "<|image|>"]
+    tokenizer = build_tokenizer(special, "<pad>", "<|eot_id|>", "<|begin_of_text|>", image_token="<|image|>")
+    processor = MllamaProcessor(MllamaImageProcessor(size={"height": 28, "width": 28}, max_image_tiles=2), tokenizer, MLLAMA)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "max_num_tiles": 2, "intermediate_layers_indices": [0], "vision_output_dim": 64}
+    text = TEXT | {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 1024, "rope_scaling": {"rope_type": "default"}}
+    vision |= {"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text, image_token_index=3))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn_gate", "mlp_gate")):  # 0 at the start: the picture would have no say
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 

