@@ -32,7 +32,7 @@ FLAGS = ppo.FLAGS | {
     "adapter": LORA,
     "plan": {
         "model": (common.TEXT, None, "hub name, or folder with a config.json, of the base model to plan for"),
-        "prompt_tokens": (common.COUNT, 2400, "longest prompt, image tokens included"),
+        "prompt_tokens": (common.COUNT, 3072, "longest prompt, image tokens included (LLaVA-NeXT: 2,928 of a square picture)"),
         "measure": (common.SWITCH, False, "compare with the peak of a real update"),
     },
 }
