@@ -299,7 +299,7 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
     run.write(write_jsonl, name, lines)
-    with progress(run, len(lines), len(records)) as bar:
+    with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not processes.is_main_process) as bar:
         for starts in chunks(range(len(lines), len(records), batch_size), processes.num_processes):
             mine = starts[processes.process_index :][:1]
             new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
@@ -309,10 +309,6 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
             bar.update(len(new))
             bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
     return lines
-
-
-def progress(run: Run, done: int, total: int) -> tqdm:
-    return tqdm(total=total, initial=done, desc=run.stage, disable=not run.accelerator.is_main_process)
 
 
 @dataclass
@@ -332,7 +328,8 @@ class Training:
         start = load_checkpoint(state, self.modules, self.optimizers) if state.exists() else 0
         self.log = read_jsonl(self.run.out / "log.jsonl")[:start]
         self.run.write(write_jsonl, "log.jsonl", self.log)
-        with progress(self.run, start, self.steps) as self.bar:
+        hidden = not self.run.accelerator.is_main_process
+        with tqdm(total=self.steps, initial=start, desc=self.run.stage, disable=hidden) as self.bar:
             yield from range(start, self.steps)
 
     def record(self, row: dict, *shown: str) -> None:
@@ -495,8 +492,6 @@ def find_picture(image: str, roots: Sequence, take: Callable) -> str:
 
 
 HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
-
-
 # data set: its folder there; annotation files, those with the published chains first; where images lie; whose they are
 PUBLISHED = {
     "aokvqa": ("aokvqa", ("{part}_mmb.json", "aokvqa_v1p0_{part}.json"), ("{part}2017/{image:0>12}.jpg",), "COCO 2017"),
@@ -504,7 +499,7 @@ PUBLISHED = {
     "culturalvqa": (
         "culturalvqa",
         ("cvqa_mmb.json",),
-        ("{image}.jpg", "{image}.png", "{image}.jpeg", "{image}.webp"),
+        tuple(f"{{image}}.{k}" for k in ("jpg", "png", "jpeg", "webp")),
         "CulturalVQA",
     ),
 }
@@ -636,9 +631,8 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
         processor = AutoProcessor.from_pretrained(model) if model else None
     take = functools.cache(lambda size: bool(processor and processor.image_processor([[Image.new("RGB", size)]])))
     for record in records:
-        reason = record.get("flaw") or next(
-            (f"no {n}" for n in needed if not isinstance(record.get(n), str) or not record[n]), None
-        )
+        lacking = [name for name in needed if not isinstance(record.get(name), str) or not record[name]]
+        reason = record.get("flaw") or next((f"no {name}" for name in lacking), None)
         wanted = limit is None or len(good) < limit
         if not reason and wanted and roots:
             try:
@@ -900,13 +894,8 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     vlm.model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=vlm.end_tokens,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-        suppress_tokens=vlm.banned or None,
-        **sampling,
-    )
+    config = copy.deepcopy(vlm.base.generation_config)  # its end and padding tokens
+    config.update(max_new_tokens=max_new_tokens, suppress_tokens=vlm.banned or None, **sampling)
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
     responses = []
     for ids in output.tolist():

@@ -35,30 +35,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 import common
-from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, Kind
+from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM
 
 FLAGS = {
     "data": {
@@ -81,23 +74,15 @@ FLAGS = {
         "batch_size": (COUNT, 250, 8, "questions a batch"),
     },
     "confidence": {
-        "weights": (Kind(float, NOT_NEGATIVE.allowed, NOT_NEGATIVE.rule, 4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
+        "weights": (replace(NOT_NEGATIVE, nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
-        "normalize": (
-            ("minmax", "rank"),
-            "minmax",
-            "before the sum: by minimum and maximum (eq. 7), or by rank, which no outlier squeezes",
-        ),
+        "normalize": (("minmax", "rank"), "minmax", "each U by minimum and maximum (eq. 7), or by rank, which no outlier squeezes"),
         "levels": (("sigma", "uniform"), "sigma", "cuts: mu and sigma, or fifths"),
     },
     "reference chains": {
         "annotate": (TEXT, None, "only write reference chains, with this model at OPENAI_BASE_URL"),
         "concurrency": (COUNT, 8, "requests at the same time"),
-        "price": (
-            Kind(float, NOT_NEGATIVE.allowed, NOT_NEGATIVE.rule, 2),
-            None,
-            "of a million tokens in and out, to print the cost",
-        ),
+        "price": (replace(NOT_NEGATIVE, nargs=2), None, "of a million tokens in and out, to print the cost"),
     },
     "run": {"out": (TEXT, "estimate", "folder to write"), **RUN_FLAGS},
 }
@@ -144,22 +129,22 @@ def build_digits_processor():
     trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
     size = {"height": 16, "width": 16}
-    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
+    images = transformers.CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
 
 
 def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab_size: int | None = None):
     """A LlavaForConditionalGeneration, randomly initialised; about one million parameters as it stands."""
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
+    vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2, "num_hidden_layers": layers}
     tokens = {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    text = LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **tokens)
+    text = transformers.LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **tokens)
     features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": processor.image_token_id}
-    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
-    return LlavaForConditionalGeneration(config)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 def build_digits_clip(folder: Path):
@@ -175,34 +160,25 @@ def build_digits_clip(folder: Path):
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
+# What open_clip's image tower and transformers' CLIPVisionModel call the same weights.
+TOWER_NAMES = {"class_embedding": "embeddings.class_embedding", "positional_embedding": "embeddings.position_embedding.weight"}
+TOWER_NAMES |= {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "attn.": "self_attn."}
+TOWER_NAMES |= {"transformer.resblocks": "encoder.layers", "ln_": "layer_norm", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
 def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
     """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
-    weights = {
-        "embeddings.class_embedding": visual.class_embedding,
-        "embeddings.patch_embedding.weight": visual.conv1.weight,
-        "embeddings.position_embedding.weight": visual.positional_embedding,
-    }
-    modules = {"pre_layrnorm": visual.ln_pre, "post_layernorm": visual.ln_post}
-    for i, block in enumerate(visual.transformer.resblocks):
-        layer = f"encoder.layers.{i}."
-        modules |= {f"{layer}layer_norm1": block.ln_1, f"{layer}layer_norm2": block.ln_2, f"{layer}mlp.fc1": block.mlp.c_fc}
-        modules |= {f"{layer}mlp.fc2": block.mlp.c_proj, f"{layer}self_attn.out_proj": block.attn.out_proj}
-        for name in ("weight", "bias"):
-            for key, part in zip("qkv", getattr(block.attn, f"in_proj_{name}").chunk(3), strict=True):
-                weights[f"{layer}self_attn.{key}_proj.{name}"] = part
-    return weights | {f"{name}.{k}": v for name, module in modules.items() for k, v in module.named_parameters()}
+    weights = {}
+    for name, weight in visual.named_parameters():
+        for theirs, ours in TOWER_NAMES.items():
+            name = name.replace(theirs, ours)
+        parts = zip("qkv", weight.chunk(3), strict=True) if "in_proj" in name else [("", weight)]
+        weights |= {name.replace("in_proj_", f"{key}_proj."): part for key, part in parts if name != "proj"}
+    return weights
 
 
 def train_on_digits(
-    trained: list,
-    loss_of: Callable,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    noise_scale: float,
-    desc: str,
-    clear: int = 0,
+    trained: list, loss_of: Callable, steps: int, batch_size: int, lr: float, seed, noise_scale, desc, clear=0
 ) -> None:
     """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss.
 
@@ -358,9 +334,7 @@ def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     return confidence
 
 
-def fit_confidence(
-    raw: np.ndarray, weights: Sequence[float], fusion: str = "mean", cuts: str = "sigma", normalize: str = "minmax"
-) -> dict:
+def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion="mean", cuts="sigma", normalize="minmax") -> dict:
     """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
     confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}

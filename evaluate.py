@@ -168,18 +168,13 @@ def compute_metrics(predictions: list[dict]) -> dict:
     answer_correct = [float(p["answer_correct"]) for p in answered]
     levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
     constant, constant_level = mece_constant(predictions)
+    direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
     metrics = {
         "ece": ece(answer_confidence, answer_correct),
         "coverage": mean([level is not None for level in levels]),
         "auroc": auroc(answer_confidence, answer_correct),
         "accuracy": mean([bool(p["answer_correct"]) for p in predictions]),
-        "direct_answer": mean(
-            [
-                direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]])
-                for p in predictions
-                if not p.get("difficult_direct_answer")  # as A-OKVQA's authors do
-            ]
-        ),
+        "direct_answer": mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct]),
         **sentence_metrics(predictions),
         "n_questions": len(predictions),
         "level_histogram": {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)},
@@ -398,16 +393,9 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
             sentences.append(sentence | {"correct": bool(matched[i].any()), "part": part})
         covered = matched.any(0).tolist()
         answer = common.extract_answer([step.text for step in steps], record["choices"])
-        predictions.append(
-            record
-            | {
-                "response": text,
-                "prediction": answer,
-                "answer_correct": is_right(answer, record, len(steps) > 0 and matched[-1, -1]),
-                "sentences": sentences,
-                "covered": {"image": covered[:n_image], "reasoning": covered[n_image:]},
-            }
-        )
+        prediction = record | {"response": text, "prediction": answer, "sentences": sentences}
+        prediction["answer_correct"] = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
+        predictions.append(prediction | {"covered": {"image": covered[:n_image], "reasoning": covered[n_image:]}})
     return predictions
 
 

@@ -302,26 +302,17 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
     return {name: value / n_tokens for name, value in sums.items()} | {"grad_norm": float(np.mean(norms))}
 
 
-def fit_value(
-    value_head: ValueHead,
-    optimizer,
-    hidden: Tensor,
-    known: Tensor,
-    returns: Tensor,
-    epochs: int,
-    seed: int,
-    accelerator: Accelerator,
-) -> float:
+def fit_value(head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns: Tensor, epochs, seed, accelerator) -> float:
     """Passes of the value head over a rollout's tokens: hidden (tokens, H), known (tokens, 3), returns (tokens,) -> mean loss."""
     generator, losses, n = torch.Generator().manual_seed(seed), [], accelerator.num_processes
     n_tokens = accelerator.reduce(torch.tensor(len(returns), device=returns.device), "sum")
     steps = -(-int(n_tokens) // (1024 * n))  # of about 1024 tokens in each process
     for _ in range(epochs):
         for rows in torch.randperm(len(returns), generator=generator).tensor_split(steps):
-            loss = 0.5 * (value_head(hidden[rows], known[rows]) - returns[rows]).square().mean() / n
+            loss = 0.5 * (head(hidden[rows], known[rows]) - returns[rows]).square().mean() / n
             optimizer.zero_grad()
             loss.backward()
-            common.sum_gradients(accelerator, value_head)
+            common.sum_gradients(accelerator, head)
             optimizer.step()
             losses.append(loss.item() * n)
     return float(np.mean(losses))

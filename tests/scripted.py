@@ -1,5 +1,6 @@
 """What the tests test_core_*.py share: a policy whose every probability is set by hand, and a model that says what a test wants."""
 
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -72,7 +73,8 @@ class Bigram(nn.Module):
     device = property(lambda self: self.head.weight.device)
 
     def vlm(self, processor):
-        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, [processor.tokenizer.eos_token_id])
+        ends = [processor.tokenizer.eos_token_id]
+        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, ends, re.compile("<image>"), [])
 
     def get_encoder(self, modality):
         return self.tower
