@@ -44,6 +44,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,13 +132,13 @@ def parse_flags(
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (kind, *defaults, text) in flags.items():
-            shown = [str(value) for value in defaults if value is not None and kind is not SWITCH]
+            shown = [str(value).strip("[']") for value in defaults if value is not None and kind is not SWITCH]
             text += f" (default: {' on digits, '.join(shown)}{' otherwise' * (len(shown) > 1)})" if shown else ""
             options = {"default": defaults[0] if len(defaults) == 1 else None, "help": text}
             if kind is SWITCH:
                 options["action"] = "store_true"
             elif isinstance(kind, tuple):
-                options["choices"] = kind
+                options |= {"choices": kind, "nargs": "+" if isinstance(options["default"], list) else None}
             else:
                 options |= {"type": kind.type, "nargs": kind.nargs}
             group.add_argument(f"--{name.replace('_', '-')}", **options)
@@ -503,7 +504,8 @@ PUBLISHED = {
         "CulturalVQA",
     ),
 }
-SPLITS = {"train": "train", "validation": "val", "test": "val"}  # our names -> those of the files
+SPLITS = {"train": "train", "validation": "train", "test": "val", "all": "train"}  # our names -> those of the files
+ORIGINAL = {"train": "train", "validation": "val", "test": "test", "all": "train"}  # in the original ScienceQA
 # What reading a row that is not as it should be can raise.
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
@@ -513,9 +515,14 @@ def load_data(
 ) -> list[dict]:
     """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference"}].
 
-    Validation and test both read the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Only the
-    original ScienceQA has its own test split; CulturalVQA is one file. Without data_dir the Hugging Face hub is asked. What cannot
-    be read exits with code 2. digits are drawn as `world` says (cache, world_seed, noise_scale)."""
+    Test reads the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Validation is a tenth of the
+    train file, by the questions' ids, which train then goes without ("all" has both). Only the original ScienceQA has all three;
+    CulturalVQA is one file. `name` may join data sets, "aokvqa+scienceqa", for `limit` questions of each. Without data_dir the
+    Hugging Face hub is asked. What cannot be read exits with code 2. `world` says how digits are drawn (cache, world_seed,
+    noise_scale), and which model will look."""
+    if "+" in name:
+        parts = [load_data(one, data_dir, split, limit, require_images, allow_bad_records, world) for one in name.split("+")]
+        return sum(parts, [])
     if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
     if name not in PUBLISHED or split not in SPLITS:
@@ -531,11 +538,15 @@ def load_data(
             usage_error(f"{HUB} not fetched from the hub ({type(error).__name__}): download {layout}, into a folder for data_dir")
     root = Path(data_dir)
     path, rows = read_annotations(root, folder, files, split, layout)
-    part = "test" if split == "test" and path.name == "problems.json" else part
+    original = path.name == "problems.json"
+    part = ORIGINAL[split] if original else part
     records, seen = [], Counter()
     for number, row in enumerate(rows, 1):
         keys = [row.get(key) for key in ("question_id", "id", "pid")] if isinstance(row, dict) else []
         key = next((str(key) for key in keys if key is not None), f"row {number}")
+        held_out = zlib.crc32(key.encode()) % 10 == 0
+        if not original and name != "culturalvqa" and (split, held_out) in (("train", True), ("validation", False)):
+            continue
         seen[key] += 1  # a question annotated twice counts as two
         record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}"}
         try:
@@ -564,7 +575,7 @@ def read_annotations(root: Path, folder: str, files: list[str], split: str, layo
     try:
         rows = read_json(path)
         if path.name == "problems.json":
-            ids = read_json(path.with_name("pid_splits.json"))["test" if split == "test" else SPLITS[split]]
+            ids = read_json(path.with_name("pid_splits.json"))[ORIGINAL[split]]
             rows = [{"pid": pid, **rows.get(pid, {})} for pid in ids]
         rows = list(rows.values()) if isinstance(rows, dict) else unpack(rows, list)
     except (*MALFORMED, OSError) as error:

@@ -55,7 +55,7 @@ from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHE
 
 FLAGS = {
     "data": {
-        "data": (("digits", *PUBLISHED), "digits", "data set; its training split is answered"),
+        "data": (("digits", *PUBLISHED), ["digits"], "data sets, one or more; their training splits are answered"),
         "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the Hugging Face hub)"),
         "responses": (TEXT, None, "measure the responses of a .jsonl file (id, image, question, response), generate nothing"),
         "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
@@ -536,6 +536,7 @@ def annotate(records: list[dict], args: argparse.Namespace) -> None:
 # -------------------------------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    args.data = "+".join(args.data)
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
     handed_on = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
@@ -548,7 +549,8 @@ def main(argv: list[str] | None = None) -> None:
         blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
         records = [{"id": i} | blank | record for i, record in enumerate(records)]
     else:
-        records = common.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
+        split = "all" if args.annotate and args.data not in common.DIGITS else "train"
+        records = common.load_data(args.data, args.data_dir, split, args.limit, True, args.allow_bad_records, setup)
     if args.annotate:
         return annotate(records, args)
     run = common.Run("estimate", args, setup)

@@ -57,7 +57,7 @@ def error_of(capsys, *args, **kwargs) -> str:
 
 def test_aokvqa_record(tmp_path):
     aokvqa(tmp_path, [aokvqa_row(377368)])
-    for split in ("validation", "test"):
+    for split in ("test",):
         (record,) = common.load_data("aokvqa", tmp_path, split)
         assert record == {
             "id": "q377368", "image": str(tmp_path / "val2017/000000377368.jpg"), "question": "What does the dog do?",
@@ -76,7 +76,7 @@ def test_lists_in_strings_and_choice_of_chain(tmp_path):
         aokvqa_row(3, keys_filtered=..., keys=raw),
         aokvqa_row(4, keys_filtered=None, keys=raw),
     ]
-    first, filtered, *unfiltered = common.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    first, filtered, *unfiltered = common.load_data("aokvqa", aokvqa(tmp_path, rows), "test")
     assert first["choices"] == ["eating", "it's asleep"] and first["answer"] == "it's asleep" and first["answers"] == ["a", "b"]
     assert first["reference"] == filtered["reference"] and filtered["reference"]["image"] == ["A dog lies on a sofa."]
     assert [r["reference"]["image"] for r in unfiltered] == [["Raw."], ["Raw."]]
@@ -102,7 +102,7 @@ def test_bad_records_are_named_by_reason(tmp_path, capsys):
     rows += [None, "text", *(aokvqa_row(100 + n) for n in range(90)), aokvqa_row(200), aokvqa_row(201)]
     aokvqa(tmp_path, rows, missing=[200])
     (tmp_path / "val2017/000000000201.jpg").write_bytes((tmp_path / "val2017/000000000100.jpg").read_bytes()[:900])  # cut short
-    records = common.load_data("aokvqa", tmp_path, "validation", allow_bad_records=True)
+    records = common.load_data("aokvqa", tmp_path, "test", allow_bad_records=True)
     assert [r["id"] for r in records] == [f"q{100 + n}" for n in range(90)] and not any("flaw" in r for r in records)
     printed, start = capsys.readouterr().out.splitlines(), 0
     for reason, kinds in FLAWS.items():
@@ -111,29 +111,29 @@ def test_bad_records_are_named_by_reason(tmp_path, capsys):
         assert line.startswith(f"{count} of {len(rows)} records left out") and f"q{start}" in line
         start += len(kinds)
     assert f"2 of {len(rows)} records left out: image missing or unreadable (q200, q201)" in printed
-    unchecked = common.load_data("aokvqa", tmp_path, "validation", require_images=False, allow_bad_records=True)
+    unchecked = common.load_data("aokvqa", tmp_path, "test", require_images=False, allow_bad_records=True)
     assert [r["id"] for r in unchecked[-2:]] == ["q200", "q201"]
 
 
 def test_more_than_a_fifth_bad_ends_the_run(tmp_path, capsys):
     rows = [aokvqa_row(n, question="" if n < 2 else "What?") for n in range(10)]
-    assert len(common.load_data("aokvqa", aokvqa(tmp_path / "a", rows), "validation")) == 8  # exactly a fifth
+    assert len(common.load_data("aokvqa", aokvqa(tmp_path / "a", rows), "test")) == 8  # exactly a fifth
     rows[2]["question"] = ""
-    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", aokvqa(tmp_path / "b", rows), "validation")
-    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", tmp_path / "b", "validation", limit=2)
-    assert len(common.load_data("aokvqa", tmp_path / "b", "validation", allow_bad_records=True)) == 7
+    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", aokvqa(tmp_path / "b", rows), "test")
+    assert "3 of 10 records cannot be used" in error_of(capsys, "aokvqa", tmp_path / "b", "test", limit=2)
+    assert len(common.load_data("aokvqa", tmp_path / "b", "test", allow_bad_records=True)) == 7
     nothing = aokvqa(tmp_path / "c", [aokvqa_row(1, question="")])
-    assert "1 of 1 records" in error_of(capsys, "aokvqa", nothing, "validation", allow_bad_records=True)
+    assert "1 of 1 records" in error_of(capsys, "aokvqa", nothing, "test", allow_bad_records=True)
 
 
 def test_limit_opens_no_further_image(tmp_path, monkeypatch):
     aokvqa(tmp_path, [aokvqa_row(n, question="" if n == 0 else "What?") for n in range(12)], missing=[2])
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
-    assert [r["id"] for r in common.load_data("aokvqa", tmp_path, "validation", limit=2)] == ["q1", "q3"]
+    assert [r["id"] for r in common.load_data("aokvqa", tmp_path, "test", limit=2)] == ["q1", "q3"]
     assert len(opened) == 3  # the first row has no question, the image of the third is missing
     opened.clear()
-    assert len(common.load_data("aokvqa", tmp_path, "validation", require_images=False)) == 11 and not opened
+    assert len(common.load_data("aokvqa", tmp_path, "test", require_images=False)) == 11 and not opened
 
 
 BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
@@ -227,7 +227,7 @@ def test_no_file_outside_the_folder_is_opened(tmp_path, monkeypatch, capsys):
 
 def test_duplicates_keep_apart(tmp_path):
     rows = [aokvqa_row(1, question="One?"), aokvqa_row(2), aokvqa_row(1, question="Two?"), aokvqa_row(1, question="Three?")]
-    records = common.load_data("aokvqa", aokvqa(tmp_path, rows), "validation")
+    records = common.load_data("aokvqa", aokvqa(tmp_path, rows), "test")
     assert [(r["id"], r["question"][:3]) for r in records] == [("q1", "One"), ("q2", "Wha"), ("q1#2", "Two"), ("q1#3", "Thr")]
     assert records[0]["image"] == records[3]["image"]
 
@@ -278,13 +278,39 @@ def test_culturalvqa(tmp_path):
     assert [os.path.relpath(r["image"], tmp_path) for r in records] == ["0.png", "images/1.webp", "2.jpeg", "images/3.jpg"]
 
 
+def test_validation_is_a_tenth_of_train(tmp_path):
+    """Neither sees a question of the other, nor of test; which are held out does not depend on what else is in the file."""
+    for part in ("train", "val"):
+        write(tmp_path, f"{part}_mmb.json", [aokvqa_row(n, question_id=f"{part}{n % 400}") for n in range(500)])
+    split = lambda name, **kw: [r["id"] for r in common.load_data("aokvqa", tmp_path, name, require_images=False, **kw)]  # noqa: E731
+    train, validation, test = split("train"), split("validation"), split("test")
+    assert {i[:3] for i in test} == {"val"} and len(test) == 500
+    assert {i.partition("#")[0] for i in train}.isdisjoint(i.partition("#")[0] for i in validation)
+    assert len(train) + len(validation) == 500 == len(split("all")) and 30 <= len(validation) <= 70
+    write(tmp_path, "train_mmb.json", [aokvqa_row(n, question_id=f"train{n}") for n in range(399, 200, -1)])
+    assert set(split("validation")) < set(validation) and set(split("train", limit=20)) < set(train)
+
+
+def test_two_data_sets(tmp_path):
+    """The paper trains on both; one folder holds them as the hub does."""
+    write(tmp_path / "aokvqa", "train_mmb.json", [aokvqa_row(n) for n in range(4)])
+    row = {"question": "Which?", "choices": ["a magnet", "wood"], "answer": 0, "keys_filtered": CHAIN}
+    write(tmp_path / "sciencevqa", "train_mmb.json", [row | {"pid": n} for n in range(4)])
+    for n in range(4):
+        picture(tmp_path / f"aokvqa/train2017/{n:012d}.jpg")
+        picture(tmp_path / f"sciencevqa/train/{n}/image.png")
+    records = common.load_data("aokvqa+scienceqa", tmp_path, limit=2)
+    assert [r["id"] for r in records[:2]] == ["q0", "q1"] and [r["answer"] for r in records[2:]] == ["a magnet"] * 2
+    assert all("aokvqa" in r["image"] for r in records[:2]) and all("sciencevqa" in r["image"] for r in records[2:])
+
+
 def test_wrong_folders_name_the_expected_files(tmp_path, capsys):
     for name, files in {
         "aokvqa": ["val_mmb.json", "aokvqa_v1p0_val.json", "val2017/"], "culturalvqa": ["cvqa_mmb.json", ".webp"],
         "scienceqa": ["val_mmb.json", "problems.json", "pid_splits.json", "val/ID/image.png"],
     }.items():  # fmt: skip
         for folder, problem in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no annotation file")):
-            line = error_of(capsys, name, folder, "validation")
+            line = error_of(capsys, name, folder, "test")
             assert problem in line and all(file in line for file in files)
     assert "no dev split of 'aokvqa'" in error_of(capsys, "aokvqa", tmp_path, "dev")
     assert "aokvqa, scienceqa, culturalvqa" in error_of(capsys, "okvqa", tmp_path)
@@ -294,7 +320,7 @@ def test_wrong_folders_name_the_expected_files(tmp_path, capsys):
         (tmp_path / "cvqa_mmb.json").write_text(text)
         assert "cvqa_mmb.json cannot be read" in error_of(capsys, "culturalvqa", tmp_path)
     write(tmp_path, "val_mmb.json", [aokvqa_row(7)])
-    assert "val2017/000000000007.jpg" in error_of(capsys, "aokvqa", tmp_path, "validation", allow_bad_records=True)
+    assert "val2017/000000000007.jpg" in error_of(capsys, "aokvqa", tmp_path, "test", allow_bad_records=True)
 
 
 def test_hub(tmp_path, monkeypatch, capsys):
@@ -304,13 +330,13 @@ def test_hub(tmp_path, monkeypatch, capsys):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    line = error_of(capsys, "aokvqa", split="validation")
+    line = error_of(capsys, "aokvqa", split="test")
     assert common.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json, with COCO 2017 images" in line
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: asked.append((args, kw)) or str(tmp_path))
     assert "expected cvqa_mmb.json" in error_of(capsys, "culturalvqa")  # a snapshot of an unknown layout
     aokvqa(tmp_path / "annotated_data/aokvqa", [aokvqa_row(1)])
-    assert [r["id"] for r in common.load_data("aokvqa", split="validation")] == ["q1"]
+    assert [r["id"] for r in common.load_data("aokvqa", split="test")] == ["q1"]
     patterns = ["*aokvqa/*", "val_mmb.json", "aokvqa_v1p0_val.json"]
     assert asked[-1] == ((common.HUB,), {"repo_type": "dataset", "allow_patterns": patterns})
 
@@ -388,7 +414,7 @@ published = pytest.mark.skipif(not DATA.is_dir() and not needed, reason="the pub
 
 @published
 def test_published_aokvqa(capsys):
-    records = common.load_data("aokvqa", DATA, "validation", require_images=False)
+    records = common.load_data("aokvqa", DATA, "test", require_images=False)
     printed = capsys.readouterr().out
     assert len(records) == 1151 and "1 of 1152 records left out: empty chain (WapXzWUgE3zgx5n3fVGUjS)" in printed
     assert len({r["id"] for r in records}) == 1151 and sum("#" in r["id"] for r in records) == 8
