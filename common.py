@@ -497,12 +497,7 @@ HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors 
 PUBLISHED = {
     "aokvqa": ("aokvqa", ("{part}_mmb.json", "aokvqa_v1p0_{part}.json"), ("{part}2017/{image:0>12}.jpg",), "COCO 2017"),
     "scienceqa": ("sciencevqa", ("{part}_mmb.json", "problems.json"), ("{part}/{image}/image.png",), "pid_splits.json, ScienceQA"),
-    "culturalvqa": (
-        "culturalvqa",
-        ("cvqa_mmb.json",),
-        tuple(f"{{image}}.{k}" for k in ("jpg", "png", "jpeg", "webp")),
-        "CulturalVQA",
-    ),
+    "culturalvqa": ("culturalvqa", ("cvqa_mmb.json",), tuple(f"{{image}}.{k}" for k in "jpg png jpeg webp".split()), "CulturalVQA"),
 }
 SPLITS = {"train": "train", "validation": "train", "test": "val", "all": "train"}  # our names -> those of the files
 ORIGINAL = {"train": "train", "validation": "val", "test": "test", "all": "train"}  # in the original ScienceQA
