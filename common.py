@@ -683,9 +683,9 @@ class VLM:
     tokenizer: object
     plain_head: bool  # its logits are head(hidden) and nothing else
     end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
-    special: re.Pattern  # what would become an image token or another special one ("</s>") in a question or a response
-    banned: list[int]  # those tokens, less those that end a response: never sampled
     train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
+    special: re.Pattern = re.compile("(?!)")  # what would become an image token or another special one in a question or response
+    banned: Sequence[int] = ()  # those tokens, less those that end a response: never sampled
 
 
 def make_vlm(model: nn.Module, processor) -> VLM:
@@ -705,7 +705,7 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     model.eval()
     base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     head = model.get_output_embeddings()
-    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, special, banned)
+    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, False, special, banned)
 
 
 @torch.no_grad()
@@ -900,8 +900,13 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     vlm.model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = copy.deepcopy(vlm.base.generation_config)  # its end and padding tokens
-    config.update(max_new_tokens=max_new_tokens, suppress_tokens=vlm.banned or None, **sampling)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=vlm.end_tokens,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+        suppress_tokens=list(vlm.banned) or None,
+        **sampling,
+    )
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
     responses = []
     for ids in output.tolist():
