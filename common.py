@@ -288,12 +288,6 @@ def share(accelerator: Accelerator, items: list) -> list:
     return items[len(items) * i // n : len(items) * (i + 1) // n]
 
 
-def indivisible(args: argparse.Namespace) -> list[str]:
-    """What keeps the processes from sharing a batch."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    return [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
-
-
 def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable, right: Callable) -> list[dict]:
     """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name`, so that the same command
     goes on after the last whole batch. Processes take batches in turn. The share of True in all `right(line)` is shown."""
@@ -314,9 +308,8 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
 
 @dataclass
 class Training:
-    """What both training loops share: `for step in training: ...; training.record(row)`.
-
-    Goes on from the checkpoint where there is one. Everything random is seeded by the step, so no random state is kept."""
+    """What both training loops share: `for step in training: ...; training.record(row)`. Goes on from the checkpoint where there is
+    one. Everything random is seeded by the step, so no random state is kept."""
 
     run: Run
     modules: dict  # with trainable weights
@@ -435,9 +428,8 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
-    """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}].
-
-    The first n questions are the same for every limit. Images are rendered into `cache` once."""
+    """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}]; the first n are the
+    same for every limit. Images are rendered into `cache` once."""
     folder = Path(cache) / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -505,19 +497,16 @@ ORIGINAL = {"train": "train", "validation": "val", "test": "test", "all": "train
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
 
-def load_data(
-    name: str, data_dir=None, split="train", limit=None, require_images=True, allow_bad_records=False, world=None
-) -> list[dict]:
-    """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference"}].
+def load_data(name: str, data_dir=None, split="train", limit=None, require_images=True, allow_bad_records=False, world=None):
+    """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference", ...}].
 
     Test reads the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Validation is a tenth of the
     train file, by the questions' ids, which train then goes without ("all" has both). Only the original ScienceQA has all three;
-    CulturalVQA is one file. `name` may join data sets, "aokvqa+scienceqa", for `limit` questions of each. Without data_dir the
-    Hugging Face hub is asked. What cannot be read exits with code 2. `world` says how digits are drawn (cache, world_seed,
-    noise_scale), and which model will look."""
+    CulturalVQA is one file. `name` may join data sets, "aokvqa+scienceqa". Without data_dir the Hugging Face hub is asked. What
+    cannot be read exits with code 2. `world`: how digits are drawn (cache, world_seed, noise_scale), which model will look."""
     if "+" in name:
-        parts = [load_data(one, data_dir, split, limit, require_images, allow_bad_records, world) for one in name.split("+")]
-        return sum(parts, [])
+        options = (data_dir, split, limit, require_images, allow_bad_records, world)
+        return [record for one in name.split("+") for record in load_data(one, *options)]
     if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
     if name not in PUBLISHED or split not in SPLITS:
@@ -533,8 +522,9 @@ def load_data(
             usage_error(f"{HUB} not fetched from the hub ({type(error).__name__}): download {layout}, into a folder for data_dir")
     root = Path(data_dir)
     path, rows = read_annotations(root, folder, files, split, layout)
-    original = path.name == "problems.json"
+    original, published = path.name == "problems.json", path.name.endswith("_mmb.json")
     part = ORIGINAL[split] if original else part
+    folders = [place / inside for place in (path.parent, root) for inside in ("", "images")]
     records, seen = [], Counter()
     for number, row in enumerate(rows, 1):
         keys = [row.get(key) for key in ("question_id", "id", "pid")] if isinstance(row, dict) else []
@@ -546,13 +536,10 @@ def load_data(
         record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}"}
         try:
             image = int(row["image_id"]) if name == "aokvqa" else key
-            places = [place / inside for place in (path.parent, root) for inside in ("", "images")]
-            candidates = [place / pattern.format(part=part, image=image) for place in places for pattern in images]
-            record["image"] = str(next(filter(Path.is_file, candidates), candidates[0]))
-            record |= read_row(row, published=path.name.endswith("_mmb.json"))
+            places = [place / pattern.format(part=part, image=image) for place in folders for pattern in images]
+            records.append(record | {"image": str(next(filter(Path.is_file, places), places[0]))} | read_row(row, published))
         except MALFORMED:
-            record["flaw"] = "malformed"
-        records.append(record)
+            records.append(record | {"image": "", "flaw": "malformed"})
     sound = [record["image"] for record in records if not record["flaw"]]
     if require_images and sound and not any(Path(image).is_file() for image in sound):
         usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
@@ -722,9 +709,8 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
 
 
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
-    """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter).
-
-    trainable: with args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
+    """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
+    args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
     from peft import PeftModel  # slow to import, with what it needs
 
     dtype = getattr(torch, args.dtype)
@@ -760,13 +746,17 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     return vlm
 
 
-def untrainable(path: str | Path, args: argparse.Namespace) -> list[str]:
-    """What keeps all weights of a model from being trained: 4-bit ones have no gradient, and to one of 16 bits a small step adds
-    nothing. An adapter is float32."""
-    adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
+def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
+    """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
+    gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
+    n, adapter = (
+        int(os.environ.get("WORLD_SIZE", 1)),
+        getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists(),
+    )
+    problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
     flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
     refused = [flag for flag, given in flags.items() if given and not adapter]
-    return [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]
+    return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]
 
 
 def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -1062,9 +1052,8 @@ def mean_token_entropy(entropy: Tensor) -> Tensor:
 
 
 def token_sar(logprob: Tensor, relevance: Tensor) -> Tensor:
-    """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0.
-
-    Relevance is clamped at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform."""
+    """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0. Relevance is clamped
+    at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform."""
     logprob, relevance = one_or_more(logprob), relevance.float().clamp(min=0)
     if len(relevance) == 1 or relevance.sum() == 0:
         relevance = torch.ones_like(logprob)
@@ -1112,9 +1101,8 @@ def newest(cache: dict, size: int = 100_000) -> dict:
 
 
 class Similarity:
-    """Similarities of pairs of texts in bulk: by a cross-encoder, or the cosine of sentence embeddings.
-
-    Each pair is scored once, and each text encoded once a call, in order of length, so that a batch needs little padding."""
+    """Similarities of pairs of texts in bulk, by a cross-encoder or the cosine of sentence embeddings: each pair is scored once,
+    each text encoded once a call, in order of length, so that a batch needs little padding."""
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
         """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
@@ -1162,9 +1150,8 @@ def token_relevance(groups: Sequence[Sequence[str]], similarity: Similarity) -> 
 
 
 class ClipScorer:
-    """Cosine between the CLIP embeddings of images and sentences; each image and each sentence is encoded once.
-
-    A sentence longer than the text encoder's context (77 tokens for CLIP) is halved until it fits; embeddings are averaged."""
+    """Cosine between the CLIP embeddings of images and sentences, each encoded once. A sentence longer than the text encoder's
+    context (77 tokens for CLIP) is halved until it fits; embeddings are averaged."""
 
     def __init__(self, name: str, device: str = "cpu"):
         """name: an open_clip model, `NAME/TAG` of pretrained weights or the folder of a model saved in open_clip's format."""
@@ -1211,9 +1198,8 @@ class ClipScorer:
 def uncertainties(
     records: list[dict], responses: list[Response], steps: list[list[Step]], logprob: Tensor, entropy: Tensor, clip, similarity
 ) -> list[np.ndarray]:
-    """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS.
-
-    logprob, entropy (B, T): of the response tokens, from `response_statistics`."""
+    """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS; logprob, entropy
+    (B, T): of the response tokens, from `response_statistics`."""
     sentences = [(row, step) for row, found in enumerate(steps) for step in found]
     tokens, shortened = [], []
     for row, step in sentences:
@@ -1439,9 +1425,8 @@ class StatementReader:
 
 # ---------------------------------------------------------------------------------------------------------------- matching
 class Matcher:
-    """Tells which generated sentences say the same as which reference sentences, for many responses at once.
-
-    name: "exact" (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3)."""
+    """Tells which generated sentences say the same as which reference sentences, for many responses at once. name: "exact"
+    (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3)."""
 
     def __init__(self, name: str = "exact", threshold: float = 0.64, device: str = "cpu"):
         self.threshold, self.similarity = threshold, None if name == "exact" else Similarity(name, device)

@@ -1,10 +1,9 @@
 """Stage 4: evaluation on the held-out test split (sec. 4.3, App. D).
 
-The model answers greedily; its sentences and statements are parsed, and matched with the reference chain.
+The model answers greedily; its sentences and statements are parsed, and matched with the reference chain. A sentence without a
+statement counts for precision, F1 and coverage, and is left out of every calibration metric.
 
-Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser), run.json.
-
-A sentence without a statement counts for precision, F1 and coverage, and is left out of every calibration metric.
+Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser).
 
 Choices beyond the paper
  1. MECE is not a proper score: E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
@@ -36,11 +35,8 @@ from common import COUNT, DIGITS, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, 
 LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
 FLAGS = {
-    "run": {
-        "ckpt": (TEXT, "ppo", "folder of ppo.py, warmup.py or of a base model"),
-        "out": (TEXT, "results", "folder to write"),
-        **RUN_FLAGS,
-    },
+    "run": {"ckpt": (TEXT, "ppo", "folder of ppo.py, warmup.py or of a base model"), "out": (TEXT, "results", "folder to write")}
+    | RUN_FLAGS,
     "data": {
         "data": ((*DIGITS, *PUBLISHED), None, "data set (default: the run's)"),
         "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the run's)"),
@@ -70,17 +66,14 @@ def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def only(predictions: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
-    sentences = [[sentence for sentence in p["sentences"] if sentence["part"] == part] for p in predictions]
-    return [
-        {**p, "sentences": kept, "covered": {part: p["covered"].get(part, [])}}
-        for p, kept in zip(predictions, sentences, strict=True)
-    ]
+    kept = [[sentence for sentence in p["sentences"] if sentence["part"] == part] for p in predictions]
+    covered = [{part: p["covered"].get(part, [])} for p in predictions]
+    return [{**p, "sentences": s, "covered": c} for p, s, c in zip(predictions, kept, covered, strict=True)]
 
 
 def ece(confidence, correct, n_bins: int = 10) -> float:
-    """Expected calibration error (Guo et al., 2017, eq. 3): sum_b |B_b|/n |acc(B_b) - conf(B_b)|; both inputs (N,).
-
-    Equal-width bins, closed on the right: (0, .1], (.1, .2], ...; a confidence of 0 falls into the first bin."""
+    """Expected calibration error (Guo et al., 2017, eq. 3): sum_b |B_b|/n |acc(B_b) - conf(B_b)|; both inputs (N,). Equal-width
+    bins, closed on the right: (0, .1], (.1, .2], ...; a confidence of 0 falls into the first bin."""
     if not len(confidence):
         return math.nan
     gap = np.asarray(correct, dtype=float) - np.asarray(confidence, dtype=float)
@@ -101,10 +94,9 @@ def mece(predictions: list[dict]) -> float:
 
 
 def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
-    """(lowest MECE, its level) if every sentence with a statement said one and the same level: the bar MECE must clear.
-
-    With a = the mean over responses of the share of right sentences, always saying c gives a(1 - c) + (1 - a)c. That is
-    linear in c, so the best constant is level 1 or 5 and MECE itself rewards extremes; hence Brier skill beside it."""
+    """(lowest MECE, its level) if every sentence with a statement said one and the same level: the bar MECE must clear. With a the
+    mean over responses of the share of right sentences, always saying c gives a(1 - c) + (1 - a)c, linear in c: the best constant
+    is level 1 or 5, and MECE itself rewards extremes."""
     shares = [mean(correct) for _, correct in (stated([p]) for p in predictions) if len(correct)]
     if not shares:
         return math.nan, None
@@ -129,10 +121,8 @@ def brier_skill(confidence, correct) -> float:
 
 
 def aurc(confidence, correct) -> float:
-    """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017; Ding et al., 2020), lower is better.
-
-    Mean over k = 1..N of the error rate among the k most confident. Five levels tie nearly everywhere, so within a tie
-    each sentence carries the tie's mean error: exactly the expectation over random orders of the tied ones."""
+    """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017): the mean over k = 1..N of the error rate among the k most
+    confident. Within a tie each sentence carries the tie's mean error, the expectation over random orders."""
     confidence, error = np.asarray(confidence, dtype=float), 1 - np.asarray(correct, dtype=float)
     risk = []  # of each sentence, most confident first
     for value in np.unique(confidence)[::-1]:
@@ -149,15 +139,9 @@ def sentence_metrics(predictions: list[dict]) -> dict:
     precision, recall = mean(matched), mean(covered)  # eq. 19, micro-averaged over the test set
     # A chain that says nothing, or nothing right, scores F1 = 0; without any reference there is no F1.
     f1 = 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0  # eq. 20
-    return {
-        "mece": mece(predictions),
-        "auroc_sentence": auroc(confidence, correct),
-        "brier": brier(confidence, correct),
-        "f1": f1 if covered else math.nan,
-        "precision": precision,
-        "recall": recall,
-        "n_sentences": len(matched),
-    }
+    metrics = {"mece": mece(predictions), "auroc_sentence": auroc(confidence, correct), "brier": brier(confidence, correct)}
+    metrics |= {"f1": f1 if covered else math.nan, "precision": precision, "recall": recall}
+    return metrics | {"n_sentences": len(matched)}
 
 
 def compute_metrics(predictions: list[dict]) -> dict:
@@ -169,21 +153,15 @@ def compute_metrics(predictions: list[dict]) -> dict:
     levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
     constant, constant_level = mece_constant(predictions)
     direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
-    metrics = {
-        "ece": ece(answer_confidence, answer_correct),
-        "coverage": mean([level is not None for level in levels]),
-        "auroc": auroc(answer_confidence, answer_correct),
-        "accuracy": mean([bool(p["answer_correct"]) for p in predictions]),
-        "direct_answer": mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct]),
-        **sentence_metrics(predictions),
-        "n_questions": len(predictions),
-        "level_histogram": {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)},
-        "brier_skill": brier_skill(confidence, correct),
-        "aurc": aurc(confidence, correct),
-        "mece_constant": constant,
-        "mece_constant_level": constant_level,
-        **{part: sentence_metrics(only(predictions, part)) for part in PARTS},
-    }
+    metrics = {"ece": ece(answer_confidence, answer_correct), "coverage": mean([level is not None for level in levels])}
+    metrics["auroc"] = auroc(answer_confidence, answer_correct)
+    metrics["accuracy"] = mean([bool(p["answer_correct"]) for p in predictions])
+    metrics["direct_answer"] = mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct])
+    metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
+    metrics["level_histogram"] = {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)}
+    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": aurc(confidence, correct)}
+    metrics |= {"mece_constant": constant, "mece_constant_level": constant_level}
+    metrics |= {part: sentence_metrics(only(predictions, part)) for part in PARTS}
     return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
 
 
@@ -249,24 +227,19 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
 {%- endmacro %}
 {% macro card(p, picture, judged) %}
-<article class="card" data-tags="{{ tags(p) | join(' ') }}">
-<header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+<article class="card" data-tags="{{ tags(p) | join(' ') }}"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
 <div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
 {% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
-<div><ol>
-{% for s in p.sentences %}
-{% if loop.changed(s.part) %}<li><h3>{{ s.part }}</h3></li>{% endif %}
-<li class="s l{{ s.level or 0 }}{{ ' wrong' if judged and not s.correct }}">
-<b title="expressed level">{{ s.level or "–" }}</b> {{ s.text }} {% if s.statement %}<i>{{ s.statement }}</i>{% endif %}
+<div><ol>{% for s in p.sentences %}{% if loop.changed(s.part) %}<li><h3>{{ s.part }}</h3></li>{% endif %}
+<li class="s l{{ s.level or 0 }}{{ ' wrong' if judged and not s.correct }}"><b title="expressed level">{{ s.level or "–" }}</b>
+{{ s.text }} {% if s.statement %}<i>{{ s.statement }}</i>{% endif %}
 {% if judged %}{{ mark(s.correct, "right", "wrong") }}{% endif %}</li>
-{% else %}<li>{{ p.response or "(empty response)" }}</li>
-{% endfor %}</ol>
+{% else %}<li>{{ p.response or "(empty response)" }}</li>{% endfor %}</ol>
 <p>Answer: <b>{{ "no answer found" if p.prediction is none else p.prediction }}</b>
 {% if judged %}{{ mark(p.answer_correct, "right", "wrong") }} <span class="soft">gold: {{ p.answer }}</span>{% endif %}</p></div>
-{% if judged %}<div>{% for part in p.reference %}<h3>Reference, {{ part }}</h3><ul>
-{% for text in p.reference[part] %}<li>{{ mark(p.covered[part][loop.index0], "covered", "not covered") }} {{ text }}</li>
-{% endfor %}</ul>{% endfor %}</div>{% endif %}
+{% if judged %}<div>{% for part in p.reference %}<h3>Reference, {{ part }}</h3><ul>{% for text in p.reference[part] %}
+<li>{{ mark(p.covered[part][loop.index0], "covered", "not covered") }} {{ text }}</li>{% endfor %}</ul>{% endfor %}</div>{% endif %}
 </article>
 {% endmacro %}
 <!doctype html>
@@ -274,17 +247,15 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <title>{{ title }}</title><style>
 body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
-dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% }
-button[aria-pressed=true] { background: #1b1f24; color: #fff }
+dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% } [aria-pressed=true] { background: #123; color: #fff }
 .card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1rem 0; padding: .6rem;
   border: 1px solid #d9dee5; border-radius: 8px } .card[hidden] { display: none } .card header { grid-column: 1 / -1 }
 .card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
-.l1 { background: #f1f5fc } .l2 { background: #dfe8f8 }
-.l3 { background: #c8d8f3 } .l4 { background: #adc6ee } .l5 { background: #8fb1e7 }
+.l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 }
+.l4 { background: #adc6ee } .l5 { background: #8fb1e7 }
 @media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
-</style></head><body>
-<h1>{{ title }}</h1>
+</style></head><body><h1>{{ title }}</h1>
 <dl>{% for name, value, of in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}<br><small>{{ of }}</small></dd></div>
 {% endfor %}</dl>
 {% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level" src="{{ plot }}">{% endif %}
@@ -299,8 +270,7 @@ button[aria-pressed=true] { background: #1b1f24; color: #fff }
 const buttons = [...document.querySelectorAll("nav button")], cards = [...document.querySelectorAll(".card")];
 buttons.forEach(button => button.addEventListener("click", () => {
   buttons.forEach(b => b.setAttribute("aria-pressed", b === button));
-  const tag = button.dataset.tag;
-  cards.forEach(card => card.hidden = !card.dataset.tags.split(" ").includes(tag));
+  cards.forEach(card => card.hidden = !card.dataset.tags.split(" ").includes(button.dataset.tag));
 }));
 </script></body></html>
 """)
@@ -344,16 +314,11 @@ def write_report(predictions: list[dict], metrics: dict, path: Path, title: str,
         ("Chain F1 ↑", fmt(metrics["f1"]), f"{metrics['n_sentences']} sentences"),
         ("Coverage", fmt(metrics["coverage"]), "of sentences"),
     ]
-    page = PAGE.render(
-        title=title,
-        figures=figures,
-        plot=data_uri(plot.read_bytes(), "png") if plot.exists() else None,
-        buttons=[(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()],
-        levels=LEVELS,
-        tags=lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)],
-        cards=[(p, thumbnail(p["image"])) for p in shown],
-        total=len(predictions),
-    )
+    tags = lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)]  # noqa: E731
+    buttons = [(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()]
+    figure, cards = data_uri(plot.read_bytes(), "png") if plot.exists() else None, [(p, thumbnail(p["image"])) for p in shown]
+    about = {"title": title, "figures": figures, "plot": figure, "levels": LEVELS, "total": len(predictions)}
+    page = PAGE.render(about, buttons=buttons, tags=tags, cards=cards)
     common.write_text(path, page)
 
 

@@ -7,8 +7,8 @@ Each update samples N responses for a batch of training questions, splits them i
     R = alpha R_KA + beta R_EC + gamma R_CS                                              eq. 13
 then turns rewards into advantages (GAE) and takes clipped policy steps (eq. 14) with a penalty for leaving the warm-up policy.
 
-Reads the folder that warmup.py wrote. Writes to --out: the model, value_head.safetensors, the processor, confidence.json,
-log.jsonl (a line an update), training.png, trainer_state.pt (the same command continues an interrupted run).
+Reads the folder that warmup.py wrote. Writes to --out: the model, value_head.safetensors, confidence.json, log.jsonl (a line an
+update), training.png, trainer_state.pt (the same command continues an interrupted run).
 
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
@@ -20,11 +20,10 @@ Choices beyond the paper
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred. No dropout anywhere; policy, old policy and reference come from
     the same forward pass, and responses are sampled at temperature 1, from the policy that is trained.
- 5. The value head is a two-layer network on the last hidden state, whose gradient stops there, so that a bad value cannot harm
-    the policy. It is also told I(z) and IV(z) of the sentences that ended before (an asymmetric critic, Pinto et al. 2018): they
-    are settled when a statement begins, so as a baseline they leave the gradient unbiased and take out most of its noise. It is
-    fitted on the rollout, some passes an update, without clipping (which slows it down: Andrychowicz et al. 2021), and alone in
-    the first updates, on undiscounted sums of rewards.
+ 5. The value head is a two-layer network on the last hidden state, whose gradient stops there. It is also told I(z) and IV(z) of
+    the sentences that ended before (an asymmetric critic, Pinto et al. 2018), which takes out most of the gradient's noise: they
+    are settled when a statement begins. It is fitted on the rollout, some passes an update, without clipping (which slows it
+    down: Andrychowicz et al. 2021), and alone in the first updates, on undiscounted sums of rewards.
  6. The reference is a second, frozen copy of the adapter on the same base weights, or a frozen copy for full fine-tuning, which
     shares the image tower.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
@@ -55,12 +54,9 @@ import common
 from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, RUN_FLAGS, SHARE, TEXT, TRAINING_FLAGS, VLM, conf
 
 FLAGS = {
-    "run": {
-        "ckpt": (TEXT, "warmup", "folder that warmup.py wrote"),
-        "out": (TEXT, "ppo", "folder to write"),
-        **RUN_FLAGS,
-        **TRAINING_FLAGS,
-    },
+    "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write")}
+    | RUN_FLAGS
+    | TRAINING_FLAGS,
     "reward (eq. 13)": {
         "alpha": (NOT_NEGATIVE, 1.0, "weight of R_KA; 0 is the ablation w/o R_KA"),
         "beta": (NOT_NEGATIVE, 1.0, "weight of R_EC; 0 is the ablation w/o R_EC"),
@@ -143,9 +139,8 @@ def reference_logprob(models: Models, batch: common.Batch) -> Tensor:
 
 @torch.no_grad()
 def rollout(models: Models, reader, questions: list[dict], args, seed: int, first: int = 0) -> Rollout:
-    """Sample args.samples responses a question from the policy, and keep what the update needs to know of them.
-
-    first: how many responses of the same batch other processes draw before these, so that no two draw with the same seed."""
+    """Sample args.samples responses a question from the policy, and keep what the update needs to know of them. first: how many
+    other processes draw before these, so that no two draw with the same seed."""
     records = [question for question in questions for _ in range(args.samples)]
     responses, measured = [], []
     for part in common.chunks(records, args.generate_batch):
@@ -188,9 +183,8 @@ class Judge:
 
 
 def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
-    """Reward of every token (B, T) without the KL penalty, and R_KA, R_EC, R_CS of every response (B,).
-
-    judged: for each response, I(z_t) and IV(z_t) of its sentences, two arrays."""
+    """Reward of every token (B, T) without the KL penalty, and R_KA, R_EC, R_CS of every response (B,); judged: for each
+    response, I(z_t) and IV(z_t) of its sentences, two arrays."""
     scores, parts = torch.zeros(roll.mask.shape), torch.zeros(len(roll.records), 3)
     weights = torch.tensor([args.alpha, args.beta, args.gamma])
     place = {"sentence": place_at_sentences, "end": place_at_end}[args.reward_placement]
@@ -274,9 +268,8 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_r
 
 
 def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, seed: int, accelerator: Accelerator) -> dict:
-    """args.epochs passes of args.minibatches optimizer steps of the policy -> means over all tokens of all steps.
-
-    Losses are normalised by the tokens of the minibatch in all processes, whatever the micro-batch."""
+    """args.epochs passes of args.minibatches optimizer steps of the policy -> means over all tokens of all steps. Losses are
+    normalised by the tokens of the minibatch in all processes, whatever the micro-batch."""
     policy, sums, norms = models.policy, Counter(), []
     device, generator = policy.model.device, torch.Generator().manual_seed(seed)
     for _ in range(args.epochs):
@@ -360,14 +353,11 @@ def train_update(
 
     # 5. what happened, on the mean of all processes
     stats |= {name: part.mean().item() for name, part in parts.items()} | level_statistics(roll.steps, judged)
-    stats |= {
-        "reward": scores.sum(1).mean().item(),
-        "kl": ((-logratio).exp() - 1 + logratio).sum(1).mean().item(),
-        "value_loss": value_fit,
-        "explained_variance": 1 - ((b_returns - b_values).var() / (b_returns.var() + 1e-8)).item(),
-        "response_length": roll.mask.sum(1).float().mean().item(),
-        **{"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded},
-    }
+    stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
+    stats["kl"] = ((-logratio).exp() - 1 + logratio).sum(1).mean().item()
+    stats["explained_variance"] = 1 - ((b_returns - b_values).var() / (b_returns.var() + 1e-8)).item()
+    stats["response_length"] = roll.mask.sum(1).float().mean().item()
+    stats |= {"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded}
     means = accelerator.reduce(torch.tensor(list(stats.values()), device=device), "mean")
     logged = dict(zip(stats, means.tolist(), strict=True))
     n_sentences = sum(value for name, value in logged.items() if name.startswith("level_"))
@@ -409,10 +399,8 @@ def load_judge(confidence: dict, setup: dict, device: str) -> Judge:
 
 def make_optimizers(models: Models, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
     trained = [p for p in models.policy.model.parameters() if p.requires_grad]
-    return {
-        "policy": torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-        "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0),
-    }
+    policy = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return {"policy": policy, "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -423,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = common.read_jsonl(ckpt / "sft.jsonl")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
-    common.usage_error(*common.indivisible(args), *common.untrainable(ckpt, args), *problems)
+    common.usage_error(*common.cannot_train(ckpt, args), *problems)
     run = common.Run("ppo", args, setup)
     if run.finished:
         return
@@ -441,11 +429,8 @@ def main(argv: list[str] | None = None) -> None:
         seed, value_only = args.seed * 1_000_000 + step, step < args.value_updates
         stats = train_update(models, optimizers, reader, judge, picked, args, seed, value_only, run.accelerator)
         training.record({"update": step} | stats, "reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")
-    panels = {
-        "reward": ("reward", "r_ka", "r_ec", "r_cs"),
-        "policy": ("kl", "entropy", "explained_variance"),
-        "levels": [f"level_{level}" for level in (1, 2, 3, 4, 5, "none")],
-    }
+    panels = {"reward": ("reward", "r_ka", "r_ec", "r_cs"), "policy": ("kl", "entropy", "explained_variance")}
+    panels["levels"] = [f"level_{level}" for level in (1, 2, 3, 4, 5, "none")]
     run.write(common.plot_log, "training.png", training.log, panels)
     if models.reference is None:
         models.policy.model.delete_adapter("reference")

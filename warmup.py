@@ -3,8 +3,8 @@
 Every sentence of the model's own responses gets a statement drawn at random from the 40 of its internal level, and the model is
 fine-tuned on the result (eq. 9), with loss on the response tokens only.
 
-Reads the folder that estimate.py wrote. Writes to --out: the model (full weights, or a PEFT adapter with --lora-rank), the
-processor, confidence.json (copied), sft.jsonl (the questions and the text of the first epoch), log.jsonl, training.png.
+Reads the folder that estimate.py wrote. Writes to --out: the model (or a PEFT adapter with --lora-rank), confidence.json, sft.jsonl
+(the questions and the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
  1. --explore: this share of the statements is moved one level up or down. After a warm-up on the levels alone the policy says one
@@ -31,21 +31,14 @@ import torch
 import common
 from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, RUN_FLAGS, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
+UP_TO_40 = Kind(int, range(1, 41).__contains__, "must lie between 1 and 40")
 FLAGS = {
-    "run": {
-        "estimate": (TEXT, "estimate", "folder that estimate.py wrote"),
-        "out": (TEXT, "warmup", "folder to write"),
-        **RUN_FLAGS,
-        **TRAINING_FLAGS,
-    },
+    "run": {"estimate": (TEXT, "estimate", "folder that estimate.py wrote"), "out": (TEXT, "warmup", "folder to write")}
+    | RUN_FLAGS
+    | TRAINING_FLAGS,
     "data": {
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
-        "statements_per_level": (
-            Kind(int, range(1, 41).__contains__, "must lie between 1 and 40"),
-            8,
-            40,
-            "how many of the pool's 40 are used, evenly spaced",
-        ),
+        "statements_per_level": (UP_TO_40, 8, 40, "how many of the pool's 40 are used, evenly spaced"),
         "explore": (SHARE, 0.4, "share of statements moved to a neighbouring level"),
     },
     "training": {
@@ -111,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    common.usage_error(*common.indivisible(args), *common.untrainable(setup["model"], args))
+    common.usage_error(*common.cannot_train(setup["model"], args))
     run = common.Run("warmup", args, setup)
     if run.finished:
         return

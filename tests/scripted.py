@@ -1,6 +1,5 @@
 """What the tests test_core_*.py share: a policy whose every probability is set by hand, and a model that says what a test wants."""
 
-import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -74,7 +73,7 @@ class Bigram(nn.Module):
 
     def vlm(self, processor):
         ends = [processor.tokenizer.eos_token_id]
-        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, ends, re.compile("<image>"), [])
+        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, ends)
 
     def get_encoder(self, modality):
         return self.tower
