@@ -1221,17 +1221,17 @@ def uncertainties(
     return np.split(raw, np.cumsum([len(found) for found in steps])[:-1])
 
 
-def fuse(raw: np.ndarray, confidence: dict) -> np.ndarray:
+def fuse(raw: np.ndarray, confidence: dict, starts: Sequence[int] = ()) -> np.ndarray:
     """U_Final (n,) of raw uncertainties (n, 4), min-max normalised with the stored minima and maxima (a constant estimator maps to
-    0) or by their rank among the stored quantiles: the weighted sum, or the largest one (the ablation `w U_Max`)."""
+    0) or by their rank among the stored quantiles: the weighted sum, or the largest one (the ablation `w U_Max`). `snowball` makes
+    each sentence at least as uncertain as those before it in its response; `starts`: the rows where further responses begin."""
     low, high, weights = (np.array(confidence[name]) for name in ("min", "max", "weights"))
     unit = ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
     if "quantiles" in confidence:
         ranks = np.linspace(0, 1, len(confidence["quantiles"][0]))
         unit = np.stack([np.interp(u, of, ranks) for u, of in zip(raw.T, confidence["quantiles"], strict=True)], 1)
-    if confidence["fuse"] == "max":
-        return unit[:, weights > 0].max(-1)
-    return unit @ weights  # eq. 7
+    u = unit[:, weights > 0].max(-1) if confidence["fuse"] == "max" else unit @ weights  # eq. 7
+    return np.concatenate([*map(np.maximum.accumulate, np.split(u, starts))]) if confidence.get("snowball") else u
 
 
 def to_level(u: np.ndarray, confidence: dict) -> np.ndarray:

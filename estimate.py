@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -77,7 +78,8 @@ FLAGS = {
         "weights": (replace(NOT_NEGATIVE, nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
         "normalize": (("minmax", "rank"), "minmax", "each U by minimum and maximum (eq. 7), or by rank, which no outlier squeezes"),
-        "levels": (("sigma", "uniform"), "sigma", "cuts: mu and sigma, or fifths"),
+        "levels": (("sigma", "uniform", "calibrated"), "sigma", "cuts: mu and sigma, fifths, or by the share of right sentences"),
+        "snowball": (SWITCH, False, "a sentence is at least as uncertain as those before it"),
     },
     "reference chains": {
         "annotate": (TEXT, None, "only write reference chains, with this model at OPENAI_BASE_URL"),
@@ -90,6 +92,9 @@ FLAGS = {
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     problems = ["--weights must not be all 0"] * (not any(args.weights))
+    problems += ["--levels calibrated needs reference chains, which given responses lack"] * (
+        args.levels == "calibrated" and bool(args.responses)
+    )
     problems += ["--annotate works in one process"] * bool(args.annotate and os.environ.get("WORLD_SIZE", "1") != "1")
     if args.responses and not Path(args.responses).is_file():
         problems.append(f"no such file: {args.responses}")
@@ -319,31 +324,39 @@ def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
     sentences = [sentence for line in lines for sentence in line["sentences"]]
     common.usage_error(*["no response holds a sentence"] * (not sentences))
-    raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
-    broken = [
-        str(line["id"]) for line in lines for s in line["sentences"] if not np.isfinite([s[name] for name in ESTIMATORS]).all()
-    ]
-    common.usage_error(
-        *[f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"]
-        * bool(broken)
-    )
-    confidence = fit_confidence(raw, args.weights, args.fuse, args.levels, args.normalize)
-    u = common.fuse(raw, confidence)
+    raw, correct = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences]), [s["correct"] for s in sentences]
+    ids = np.array([str(line["id"]) for line in lines for _ in line["sentences"]])
+    starts = np.cumsum([len(line["sentences"]) for line in lines])[:-1]
+    broken = ids[~np.isfinite(raw).all(1)]
+    if len(broken):
+        common.usage_error(
+            f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"
+        )
+    confidence = fit_confidence(raw, args.weights, args.fuse, args.levels, args.normalize, args.snowball, starts, correct)
+    u = common.fuse(raw, confidence, starts)
     for sentence, value, level in zip(sentences, u, common.to_level(u, confidence), strict=True):
         sentence["u"], sentence["level"] = float(value), int(level)
     return confidence
 
 
-def fit_confidence(raw: np.ndarray, weights: Sequence[float], fusion="mean", cuts="sigma", normalize="minmax") -> dict:
-    """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json."""
-    confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts}
+def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax", snowball=False, starts=(), correct=()) -> dict:
+    """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json. starts:
+    the rows where further responses begin; correct (n,): which sentences are right."""
+    confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts, "snowball": snowball}
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
     if normalize == "rank":
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
-    u = common.fuse(raw, confidence)
+    u = common.fuse(raw, confidence, starts)
     mean, std = float(u.mean()), float(u.std())
     sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
-    return confidence | {"mean": mean, "std": std, "edges": sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]}
+    edges = sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]
+    if (
+        cuts == "calibrated"
+    ):  # where the share of right sentences, falling with U, crosses the middle between two levels' confidences
+        grid = np.linspace(0, 1, 10_001)
+        share = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(u, correct).predict(grid)
+        edges = [float(grid[share >= middle].max(initial=-1)) for middle in (0.875, 0.625, 0.375, 0.125)]
+    return confidence | {"mean": mean, "std": std, "edges": edges}
 
 
 def summarize(lines: list[dict]) -> None:

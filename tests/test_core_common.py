@@ -214,3 +214,33 @@ def test_matching_by_hand():
     generated, references = [["A b.", "x", "C"], ["y"]], [["c.", "a  B"], ["x", "Y!", "z"]]
     first, second = common.Matcher("exact")(generated, references)
     assert first.tolist() == [[False, True], [False, False], [True, False]] and second.tolist() == [[False, True, False]]
+
+
+# ------------------------------------------------------------------------------------------- calibrated and snowballing levels
+
+
+def raw_of(u):
+    """Raw uncertainties whose first column alone counts and is already between 0 and 1."""
+    return np.array([[value, 0.0, 0.0, 0.0] for value in u])
+
+
+def test_calibrated_edges_by_hand():
+    """Quarters of the sentences are right always, three times in four, once in four, never: cuts fall between the quarters."""
+    u, pattern = np.linspace(0, 1, 1000), {0: [1, 1, 1, 1], 1: [1, 1, 0, 1], 2: [0, 0, 1, 0], 3: [0, 0, 0, 0]}
+    correct = [bool(pattern[4 * i // 1000][i % 4]) for i in range(1000)]
+    confidence = estimate.fit_confidence(raw_of(u), [1, 0, 0, 0], cuts="calibrated", correct=correct)
+    assert confidence["edges"] == pytest.approx([0.25, 0.5, 0.5, 0.75], abs=0.004)
+    levels = common.to_level(common.fuse(raw_of(u), confidence), confidence)
+    assert [levels[i] for i in (100, 400, 600, 900)] == [5, 4, 2, 1]
+    never = estimate.fit_confidence(raw_of(u), [1, 0, 0, 0], cuts="calibrated", correct=[False] * 1000)
+    assert set(common.to_level(common.fuse(raw_of(u), never), never)) == {1}
+
+
+def test_snowball_by_hand():
+    """A running maximum inside each response, before the cuts; empty responses do no harm."""
+    raw = raw_of([0.2, 0.6, 0.1, 0.3, 0.0, 1.0])
+    confidence = estimate.fit_confidence(raw, [1, 0, 0, 0], snowball=True, starts=[3, 3, 5])
+    expected = [0.2, 0.6, 0.6, 0.3, 0.3, 1.0]
+    assert common.fuse(raw, confidence, [3, 3, 5]) == pytest.approx(expected) and confidence["mean"] == pytest.approx(0.5)
+    assert common.fuse(raw[3:5], confidence) == pytest.approx([0.3, 0.3])
+    assert common.fuse(raw, estimate.fit_confidence(raw, [1, 0, 0, 0])) == pytest.approx(raw[:, 0])
