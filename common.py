@@ -984,55 +984,38 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HeadStatistics(torch.autograd.Function):
-    """`token_statistics` of logits = hidden weight^T from blocks of rows and vocabulary that fit a processor's cache, so that no
-    logits (L, V) exist, forward or backward: apply(hidden (L, H), weight (V, H), targets (L,)) -> logprob (L,), entropy (L,).
+    """`token_statistics` of logits = hidden weight^T, made for a few rows at a time and again going back, so that no logits
+    (L, V) exist: apply(hidden (L, H), weight (V, H), targets (L,)) -> logprob (L,), entropy (L,), float32."""
 
-    Forward, over the blocks of the vocabulary, three running sums of a row's logits z:
-        m = max z,  s = sum exp(z - m),  t = sum exp(z - m) (z - m);  then lse = m + log s and H = log s - t / s.
-    Backward makes z again:  d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)."""
-
-    ROWS, BLOCK = 256, 2048  # 2 MB of float32 logits
+    ROWS = 128
 
     @staticmethod
-    def blocks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple]:
-        """Rows, part of the vocabulary, float32 logits (rows, part), and which of the rows have their target there, and where."""
-        for start in range(0, len(hidden), HeadStatistics.ROWS):
-            rows = slice(start, start + HeadStatistics.ROWS)
-            for first in range(0, len(weight), HeadStatistics.BLOCK):
-                w, y = weight[first : first + HeadStatistics.BLOCK], targets[rows] - first
-                z = torch.mm(hidden[rows], w.T, out_dtype=torch.float32) if hidden.is_cuda else hidden[rows].float() @ w.float().T
-                inside = ((y >= 0) & (y < len(w))).nonzero().squeeze(1)
-                yield rows, slice(first, first + len(w)), z, (inside, y[inside])
+    def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        """In float32, also of bfloat16 on CUDA, where rounding them would add 0.03 nats of noise a token."""
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32) if hidden.is_cuda else hidden.float() @ weight.float().T
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
-        s, t, picked = torch.zeros(3, len(hidden), device=hidden.device)
-        m = torch.full_like(s, -1e30)
-        for rows, _, z, (inside, y) in HeadStatistics.blocks(hidden, weight, targets):
-            picked[rows][inside] = z[inside, y]
-            top = torch.maximum(m[rows], z.amax(1))
-            z -= top[:, None]
-            p, shift = z.exp(), m[rows] - top
-            t[rows] = shift.exp() * (t[rows] + s[rows] * shift) + torch.linalg.vecdot(p, z)
-            s[rows] = shift.exp() * s[rows] + p.sum(1)
-            m[rows] = top
-        lse, entropy = m + s.log(), s.log() - t / s
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        return picked - lse, entropy.clamp(min=0.0)
+        rows = zip(hidden.split(HeadStatistics.ROWS), targets.split(HeadStatistics.ROWS), strict=True)
+        parts = [token_statistics(HeadStatistics.logits(h, weight), y) for h, y in rows]
+        logprob, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, entropy = ctx.saved_tensors
         inputs = zip((hidden, weight), ctx.needs_input_grad, strict=False)
         to_hidden, to_weight = (torch.zeros_like(x, dtype=torch.float32) if need else None for x, need in inputs)
-        for rows, part, z, (inside, y) in HeadStatistics.blocks(hidden, weight, targets):
-            z -= lse[rows, None]  # log p
-            g = -z.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (z + entropy[rows, None]))
-            g[inside, y] += grad_logprob[rows][inside]
+        for rows in torch.arange(len(hidden), device=hidden.device).split(HeadStatistics.ROWS):
+            logp = HeadStatistics.logits(hidden[rows], weight).log_softmax(-1)
+            # d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)
+            g = -logp.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropy[rows, None]))
+            g[torch.arange(len(rows), device=g.device), targets[rows]] += grad_logprob[rows]
             if to_hidden is not None:
-                to_hidden[rows] += g @ weight[part].float()
+                to_hidden[rows] = g @ weight.float()
             if to_weight is not None:
-                to_weight[part] += g.T @ hidden[rows].float()
+                to_weight += g.T @ hidden[rows].float()
         to_hidden = None if to_hidden is None else to_hidden.to(hidden.dtype)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
 

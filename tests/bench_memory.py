@@ -112,7 +112,7 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     if args.gradient_checkpointing:  # the input of every layer, and all of one layer at a time
         inputs = args.micro_batch * length * text.hidden_size * size
         update["activations"] = text.num_hidden_layers * inputs + update["activations"] / text.num_hidden_layers
-    update["logits in blocks"] = 5 * 4 * common.HeadStatistics.ROWS * min(common.HeadStatistics.BLOCK, text.vocab_size)
+    update["logits in blocks"] = 5 * 4 * common.HeadStatistics.ROWS * text.vocab_size
     update["a layer unpacked"] = max((w.numel() * size for w in linear), default=0)
     print(f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters")
     peak = sum(plan.values()) + max(sum(sampling.values()), sum(update.values()))

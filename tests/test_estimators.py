@@ -70,13 +70,12 @@ def test_head_statistics(vocabulary):
     assert torch.autograd.grad(frozen, hidden)[0].shape == hidden.shape
 
 
-def test_head_statistics_in_bfloat16_and_any_blocks(monkeypatch):
+def test_head_statistics_in_bfloat16_and_any_rows(monkeypatch):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(50, 64).bfloat16(), torch.randn(999, 64).bfloat16() / 8, torch.randint(999, (50,))
     exact = common.token_statistics(hidden.float() @ weight.float().T, targets)
-    for rows, block in ((256, 2048), (7, 13), (1, 999), (50, 1)):
+    for rows in (128, 50, 7, 1):
         monkeypatch.setattr(common.HeadStatistics, "ROWS", rows)
-        monkeypatch.setattr(common.HeadStatistics, "BLOCK", block)
         for value, expected in zip(common.HeadStatistics.apply(hidden, weight, targets), exact, strict=True):
             assert value.dtype == torch.float32 and torch.allclose(value, expected, atol=1e-4)
 
@@ -309,7 +308,7 @@ def test_ranks_and_outliers(capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_has_no_level(value, capsys):
-    lines = [{"id": f"q{i}", "sentences": [dict.fromkeys(common.ESTIMATORS, float(i))]} for i in range(9)]
+    lines = [{"id": f"q{i}", "sentences": [dict.fromkeys(common.ESTIMATORS, float(i)) | {"correct": None}]} for i in range(9)]
     lines[4]["sentences"][0]["mte"] = value
     with pytest.raises(SystemExit):
         estimate.assign_levels(lines, estimate.parse_args([]))

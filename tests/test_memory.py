@@ -35,7 +35,7 @@ def test_memory_plan(cache, base, records, model_args):
     assert plan["update: activations"] == pytest.approx(sum(x.nbytes() for x in held.values()), rel=0.15)
     assert plan["sampling: KV cache"] == 2 * 5 * 9 * embeds.shape[1] * 128 * 4  # a layer more: the one that is being copied
     hidden = 2 * 12 * args.max_new_tokens * 128 * 4
-    blocks = 5 * 4 * 256 * len(vlm.tokenizer)
+    blocks = 5 * 4 * common.HeadStatistics.ROWS * len(vlm.tokenizer)
     assert plan["peak"] == pytest.approx(2 * weights - tower + 3 * trained + hidden + plan["update: activations"] + blocks)
     args.lora_rank = 4
     adapters = bench_memory.memory_plan(args)

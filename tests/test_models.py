@@ -258,11 +258,12 @@ def test_one_network_in_every_stage(model, data, tmp_path, alone):
 
 def test_all_weights_are_trained_in_float32():
     """Nothing else is offered: NaN in float16, and steps too small for bfloat16."""
+    batch = ["--batch-size", "4"]
     for dtype in ("bfloat16", "float16"):
-        [problem] = common.cannot_train("model", warmup.parse_args(["--lora-rank", "0", "--dtype", dtype]))
+        [problem] = common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0", "--dtype", dtype]))
         assert f"--dtype {dtype} trains an adapter only" in problem
-        assert not common.cannot_train("model", warmup.parse_args(["--lora-rank", "4", "--dtype", dtype]))
-    assert not common.cannot_train("model", warmup.parse_args(["--lora-rank", "0"]))
+        assert not common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "4", "--dtype", dtype]))
+    assert not common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0"]))
 
 
 @pytest.mark.parametrize("name", FULL)
