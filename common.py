@@ -32,7 +32,9 @@ import argparse
 import ast
 import contextlib
 import copy
+import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -41,12 +43,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -70,6 +73,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
+INPUTS = ("estimate", "ckpt", "responses")  # flags that name what a run reads
+LOCKS: dict[Path, int] = {}  # of the folders that this process works on
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
@@ -115,6 +120,14 @@ TRAINING_FLAGS = {
 }
 
 
+def absolute(args: argparse.Namespace) -> None:
+    """Paths that the next stages will need, wherever they are started; a name of the hub stays as it is."""
+    for name in ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder"):
+        value = getattr(args, name, None)
+        if value and (name == "cache" or os.path.exists(value)):
+            setattr(args, name, os.path.abspath(value))
+
+
 def usage_error(*problems: str) -> None:
     """Print all problems on one line of stderr and exit with code 2; does nothing without a problem."""
     if problems:
@@ -148,6 +161,7 @@ def parse_flags(
         if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
             problems.append(f"--{name.replace('_', '-')} {kind.rule}")
     usage_error(*problems, *check(args))
+    absolute(args)
     return args
 
 
@@ -173,6 +187,17 @@ def read_json(path: str | Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | Path, *keys: str) -> dict:
+    """The JSON object in a file, which must have these keys; exits with code 2 where it is damaged."""
+    try:
+        value = unpack(read_json(path), dict)
+        missing = [key for key in keys if key not in value]
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError) as error:
+        usage_error(f"{path} is damaged: {error}")
+    usage_error(*[f"{path} is damaged: no {', '.join(missing)}"] * bool(missing))
+    return value
+
+
 def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -184,10 +209,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """The one way to write a file: under another name, then renamed, so that an interruption never leaves half of it."""
+    """The one way to write a file: under another name, flushed, then renamed, so that nothing ever leaves half of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     yield temporary
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -220,7 +247,7 @@ def read_run(folder: str | Path, *needed: str) -> dict:
     missing = [name for name in ("run.json", *needed, "done") if not (folder / name).exists()]
     if missing:
         usage_error(f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
-    return read_json(folder / "run.json")
+    return read_object(folder / "run.json", "stage", "args", "setup")
 
 
 class Run:
@@ -236,13 +263,15 @@ class Run:
         self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=tracker, project_dir=args.out)
         self.device = args.device if self.accelerator.num_processes == 1 else str(self.accelerator.device)
         if self.accelerator.is_main_process:
-            resolved = {name: value for name, value in vars(args).items() if name not in ("overwrite", "tracker", *free)}
-            self._take_folder(resolved, args.overwrite)
+            resolved = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "tracker", *free)}
+            places = {name: resolved[name] for name in INPUTS if resolved.get(name) and os.path.exists(resolved[name])}
+            resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
+            self._take_folder(json.loads(json.dumps(resolved)), places.values(), args.overwrite)
             if not (self.out / "done").exists():  # else it stays the record of what made the folder
                 git, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
                 commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
                 versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-                record = {"stage": stage, "args": resolved, "setup": setup, "commit": commit, "versions": versions}
+                record = {"stage": stage, "args": resolved, "read": places, "setup": setup, "commit": commit, "versions": versions}
                 write_json(self.out / "run.json", record)
         self.accelerator.wait_for_everyone()
         self.finished = (self.out / "done").exists()
@@ -251,17 +280,33 @@ class Run:
         elif tracker:
             self.accelerator.init_trackers(stage, {name: str(value) for name, value in vars(args).items()})
 
-    def _take_folder(self, resolved: dict, overwrite: bool) -> None:
-        if self.out.resolve() in [Path(resolved[name]).resolve() for name in ("estimate", "ckpt") if name in resolved]:
-            usage_error(f"--out {self.out} is the folder that is read; choose another")
-        if self.out.is_dir() and any(self.out.iterdir()):
-            if not (self.out / "run.json").exists():
-                usage_error(f"{self.out}/ is not empty and holds no run of this project; choose another --out")
-            if overwrite:
-                shutil.rmtree(self.out)
-            elif read_json(self.out / "run.json")["args"] != resolved:
-                usage_error(f"{self.out}/ holds a run with other settings; choose another --out or add --overwrite")
-        self.out.mkdir(parents=True, exist_ok=True)
+    def _take_folder(self, resolved: dict, inputs: Iterable[str], overwrite: bool) -> None:
+        """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
+        out = self.out.resolve()
+        for path in (Path(path).resolve() for path in inputs):
+            if path.is_dir() and (out == path or path in out.parents or out in path.parents):
+                usage_error(f"--out {self.out} is, holds or lies in a folder that is read; choose another")
+        held = [path for path in self.out.iterdir() if ".tmp" not in path.name] if self.out.is_dir() else []
+        if held and not (self.out / "run.json").exists():
+            usage_error(f"{self.out}/ is not empty and holds no run of this project; choose another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if out in LOCKS:
+                os.close(LOCKS.pop(out))  # of an earlier run of this process
+            LOCKS[out] = os.open(self.out, os.O_RDONLY)
+            fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            usage_error(f"another run is at work in {self.out}/" if taken else f"--out {self.out} cannot be written: {error}")
+        if held and overwrite:
+            for path in sorted(self.out.iterdir(), key=lambda path: path.name == "run.json"):  # the record last
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        elif held:
+            record = read_object(self.out / "run.json", "args")["args"]
+            other = [name for name in {**record, **resolved} if record.get(name) != resolved.get(name)]
+            if other:
+                names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
+                usage_error(f"{self.out}/ holds a run with other settings ({names}); choose another --out or add --overwrite")
 
     def write(self, writer: Callable, name: str, *values) -> None:
         """writer(path of `name` in the folder, *values), in the main process."""
@@ -269,9 +314,31 @@ class Run:
             writer(self.out / name, *values)
 
     def finish(self) -> None:
-        """The finish mark, after everything else."""
-        self.write(write_text, "done", "")
+        """The finish mark, after everything else: what came out, in short."""
+        self.write(lambda path: write_text(path, fingerprint(self.out)), "done")
         self.accelerator.end_training()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Of a file, or of the results in a folder: names, sizes and beginnings of what shapes the runs that read it."""
+    files, digest = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)], hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".jsonl", ".safetensors") and file.name not in ("log.jsonl", "run.json") and file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+    return digest.hexdigest()
+
+
+def run_script(main: Callable) -> None:
+    """main() as a script: an interruption ends it with one line and the exit code that shells expect."""
+
+    def stop(number, _) -> None:
+        print(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    main()
 
 
 def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
@@ -316,10 +383,11 @@ class Training:
     optimizers: dict
     steps: int
     save_every: int
+    max_kl: float = math.inf
 
     def __iter__(self) -> Iterator[int]:
         state = self.run.out / "trainer_state.pt"
-        start = load_checkpoint(state, self.modules, self.optimizers) if state.exists() else 0
+        start = load_checkpoint(state, self.modules, self.optimizers)
         self.log = read_jsonl(self.run.out / "log.jsonl")[:start]
         self.run.write(write_jsonl, "log.jsonl", self.log)
         hidden = not self.run.accelerator.is_main_process
@@ -328,6 +396,10 @@ class Training:
 
     def record(self, row: dict, *shown: str) -> None:
         """Log a step's row, show some of its figures, save a checkpoint every now and then and at the end."""
+        wrong = [name for name in ("loss", "kl", "value_loss", "reward") if not math.isfinite(row.get(name, 0))]
+        wrong += ["kl"] * (row.get("kl", 0) > self.max_kl)
+        if wrong:  # the log and the last checkpoint stay as they are
+            usage_error(f"training went astray at step {len(self.log)}: {', '.join(f'{name} = {row[name]:.3g}' for name in wrong)}")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         self.bar.update()
         self.run.accelerator.log(row, step=len(self.log))
@@ -460,6 +532,9 @@ def as_seen(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+MAX_PIXELS = 50_000_000  # a file of some kilobytes can claim gigabytes
+
+
 @functools.lru_cache(maxsize=32)  # of 12 megapixels they are a gigabyte
 def load_image(path: str) -> Image.Image:
     with Image.open(path) as image:
@@ -475,6 +550,8 @@ def find_picture(image: str, roots: Sequence, take: Callable) -> str:
         path = next(filter(os.path.isfile, inside), inside[0])
         with Image.open(path) as picture:
             size = picture.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError
             picture.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
             as_seen(picture)
         reason = "refused by the model's processor"
@@ -795,16 +872,23 @@ def save_model(vlm: VLM, folder: str | Path) -> None:
 
 
 def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> None:
-    """Trainable weights, optimizers and the number of steps done."""
+    """Trainable weights, optimizers and the number of steps done; the checkpoint before is kept, with the ending .before."""
     weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     with writing(path) as temporary:
         torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
+        if path.exists():
+            path.replace(f"{path}.before")
 
 
 def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
-    """Restore what `save_checkpoint` wrote -> the number of steps done."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    """Restore what `save_checkpoint` wrote last and can be read -> the number of steps done; 0 without any."""
+    for candidate in (path, Path(f"{path}.before")):
+        with contextlib.suppress(Exception):  # not there or damaged; torch's readers raise many kinds
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            break
+    else:
+        return 0
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name], strict=False)
     for name, optimizer in optimizers.items():

@@ -450,6 +450,10 @@ def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
     return value
 
 
+class GaveUp(Exception):
+    """The endpoint fails again and again."""
+
+
 class Annotator:
     """Asks a model at OPENAI_BASE_URL for chains; `tally` counts requests, tokens and what was left out, by reason."""
 
@@ -470,6 +474,8 @@ class Annotator:
 
         async def work() -> None:
             for record in queue:
+                if self.failures >= STOP_AFTER:
+                    return
                 try:
                     common.append_jsonl(path, [await self.find_row(record)])
                 except ValueError as error:
@@ -479,7 +485,9 @@ class Annotator:
 
         with tqdm(total=len(records), desc="annotate") as bar:
             async with self.client:
-                await asyncio.gather(*(work() for _ in range(self.args.concurrency)))
+                ended = await asyncio.gather(*(work() for _ in range(self.args.concurrency)), return_exceptions=True)
+        for error in filter(None, ended):
+            raise error
 
     async def find_row(self, record: dict) -> dict:
         """Both passes of a record -> its row in the published layout."""
@@ -517,7 +525,8 @@ class Annotator:
             self.failures += 1
             hopeless = isinstance(error, (self.openai.AuthenticationError, self.openai.NotFoundError))
             if hopeless or self.failures >= STOP_AFTER:
-                common.usage_error(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300])
+                self.failures = STOP_AFTER  # the other workers stop too
+                raise GaveUp(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300]) from None
             raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
         self.failures = 0
         self.tally.update({name: getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")})
@@ -536,6 +545,8 @@ def annotate(records: list[dict], args: argparse.Namespace) -> None:
     common.write_jsonl(path, list(rows.values()))  # without a last line cut short
     try:
         asyncio.run(annotator.annotate([record for record in records if record["id"] not in rows], path))
+    except GaveUp as error:
+        common.usage_error(str(error))
     finally:
         rows, tally = {row["question_id"]: row for row in common.read_jsonl(path)}, annotator.tally
         done = [rows[record["id"]] for record in records if record["id"] in rows]
@@ -592,4 +603,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

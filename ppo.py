@@ -63,6 +63,7 @@ FLAGS = {
         "gamma": (NOT_NEGATIVE, 1.0, "weight of R_CS; 0 is the ablation w/o R_CS"),
         "reward_placement": (("sentence", "end"), "sentence", "see choice 2 above"),
         "kl_coef": (NOT_NEGATIVE, 0.03, "penalty for leaving the warm-up policy"),
+        "max_kl": (POSITIVE, 1000.0, "nats a response from the warm-up policy at which a run has gone astray and stops"),
     },
     "rollouts": {
         "updates": (COUNT, 48, 200, "number of rollouts and updates"),
@@ -408,7 +409,10 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    questions = common.read_jsonl(ckpt / "sft.jsonl")
+    questions, confidence = (
+        common.read_jsonl(ckpt / "sft.jsonl"),
+        common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges"),
+    )
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
     common.usage_error(*common.cannot_train(ckpt, args), *problems)
@@ -417,10 +421,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
-    judge = load_judge(common.read_json(ckpt / "confidence.json"), setup, run.device)
+    judge = load_judge(confidence, setup, run.device)
     reader, models = common.StatementReader(setup["statement_encoder"], run.device), load_models(ckpt, args, run.device)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}
-    training = common.Training(run, modules, optimizers, args.updates, args.save_every)
+    training = common.Training(run, modules, optimizers, args.updates, args.save_every, args.max_kl)
     for step in training:
         epoch, position = divmod(step * args.batch_size, len(questions))
         order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in (epoch, epoch + 1)])
@@ -440,4 +444,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -1,10 +1,14 @@
 """The shipped scripts, each on a tiny setting, as a user runs them."""
 
+import fcntl
 import importlib
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +334,7 @@ def test_another_runs_folder_is_not_touched(runs, cache, capsys):
 def test_what_would_spoil_a_run(runs, tmp_path, capsys):
     """A folder that is read is not overwritten, and 4-bit weights are not trained without an adapter."""
     for main, source in ((warmup.main, ["--estimate", str(runs["estimate"])]), (ppo.main, ["--ckpt", str(runs["warmup"])])):
-        problems = {"is the folder that is read": ["--out", source[1], "--overwrite"]}
+        problems = {"lies in a folder that is read": ["--out", source[1], "--overwrite"]}
         problems["trains an adapter only"] = ["--out", str(tmp_path / "q"), "--load-in-4bit"]
         for message, flags in problems.items():
             before = sorted(Path(source[1]).iterdir())
@@ -369,3 +373,103 @@ def test_given_responses_without_references_have_no_rewards(runs, tmp_path, caps
         with pytest.raises(SystemExit):
             ppo.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "p"), *flags])
         assert "need the reference chains" in capsys.readouterr().err and not (tmp_path / "p").exists()
+
+
+def code_and_line(capsys, main, *flags) -> str:
+    """The one line with which a script refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main([str(flag) for flag in flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert error.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_folders_that_hold_or_are_held(runs, tmp_path, capsys):
+    """--out may not be, hold or lie in a folder that is read, a link to it included; nothing is deleted."""
+    parent, inside, link = runs["warmup"].parent, runs["warmup"] / "deeper", tmp_path / "link"
+    link.symlink_to(runs["warmup"])
+    before = sorted(parent.rglob("*"))
+    for out in (runs["warmup"], f"{runs['warmup']}/", parent, inside, link):
+        for main in (ppo.main, evaluate.main):
+            assert "is, holds or lies in" in code_and_line(capsys, main, "--ckpt", runs["warmup"], "--out", out, "--overwrite")
+    assert sorted(parent.rglob("*")) == before
+
+
+def test_overwriting_does_not_follow_links(runs, tmp_path):
+    (tmp_path / "w").mkdir()
+    common.write_json(tmp_path / "w" / "run.json", {})
+    (tmp_path / "w" / "link").symlink_to(runs["estimate"])
+    warmup.main(["--estimate", str(runs["estimate"]), "--epochs", "1", "--out", str(tmp_path / "w"), "--overwrite"])
+    assert (runs["estimate"] / "responses.jsonl").exists() and not (tmp_path / "w" / "link").exists()
+
+
+def test_what_is_read_belongs_to_the_settings(runs, tmp_path, monkeypatch, capsys):
+    """Moved together and called from elsewhere it is the same run; with other contents of its input it is another one."""
+    for name in ("estimate", "warmup"):
+        shutil.copytree(runs[name], tmp_path / name)
+    monkeypatch.chdir(tmp_path / "warmup")
+    same = ["--epochs", "3", "--batch-size", "8"]
+    warmup.main(["--estimate", "../estimate", "--out", "../warmup/", *same])
+    assert "already holds this run" in capsys.readouterr().out
+    lines = common.read_jsonl(tmp_path / "estimate" / "responses.jsonl")
+    common.write_jsonl(tmp_path / "estimate" / "responses.jsonl", lines[1:])
+    line = code_and_line(capsys, warmup.main, "--estimate", "../estimate", "--out", ".", *same, "--lr", "0.5")
+    assert "other settings (the contents of --estimate, --lr)" in line
+
+
+def test_two_runs_on_one_folder(runs, capsys):
+    held = os.open(runs["ppo"], os.O_RDONLY)
+    os.close(common.LOCKS.pop(runs["ppo"].resolve()))
+    fcntl.flock(held, fcntl.LOCK_EX)  # as another process would
+    assert "another run is at work" in code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", runs["ppo"], *PPO)
+    os.close(held)
+    ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(runs["ppo"]), *PPO])
+    assert "already holds this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
+def test_a_damaged_checkpoint(runs, tmp_path, damage):
+    """The one before is used, and the run ends as it would have; without any it starts over."""
+    shutil.copytree(runs["ppo"], tmp_path / "p")
+    for name in ("done", "model.safetensors", "value_head.safetensors"):
+        (tmp_path / "p" / name).unlink()
+    (tmp_path / "p" / "trainer_state.pt").write_bytes(damage or b"")
+    if damage is None:
+        (tmp_path / "p" / "trainer_state.pt.before").unlink()
+    ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(tmp_path / "p"), *PPO])
+    for name in ("model.safetensors", "value_head.safetensors", "done"):
+        assert (tmp_path / "p" / name).read_bytes() == (runs["ppo"] / name).read_bytes()
+
+
+@pytest.mark.parametrize(("flags", "row"), [([], {"kl": math.nan}), ([], {"reward": math.inf}), (["--max-kl", "3"], {"kl": 3.5})])
+def test_a_run_that_goes_astray_stops(runs, tmp_path, monkeypatch, capsys, flags, row):
+    original, calls = ppo.train_update, []
+    astray = lambda *args: original(*args) | (row if calls.append(0) or len(calls) > 1 else {})  # noqa: E731
+    monkeypatch.setattr(ppo, "train_update", astray)
+    line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO, *flags)
+    assert f"astray at step 1: {next(iter(row))} = " in line and not (tmp_path / "p" / "done").exists()
+    assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == torch.load(tmp_path / "p" / "trainer_state.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": 1}'])
+@pytest.mark.parametrize("name", ["run.json", "confidence.json"])
+def test_damaged_records(runs, tmp_path, capsys, name, text):
+    shutil.copytree(runs["warmup"], tmp_path / "w")
+    (tmp_path / "w" / name).write_text(text)
+    line = code_and_line(capsys, ppo.main, "--ckpt", tmp_path / "w", "--out", tmp_path / "p", *PPO)
+    assert f"{tmp_path / 'w' / name} is damaged" in line and not (tmp_path / "p").exists()
+
+
+def test_a_stopped_script(runs, tmp_path):
+    """SIGTERM: one line and the exit code of a shell; the same command ends as if nothing had happened."""
+    command = [sys.executable, "evaluate.py", "--ckpt", runs["ppo"], "--limit", "12", "--batch-size", "1", "--out", tmp_path / "r"]
+    process = subprocess.Popen([*map(str, command), "--max-new-tokens", "60"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not common.read_jsonl(tmp_path / "r" / "predictions.jsonl"):
+        time.sleep(0.05)
+    process.terminate()
+    err = process.communicate()[1]
+    assert process.returncode == 143 and "stopped by signal 15" in err and "Traceback" not in err
+    evaluate.main([*map(str, command[2:]), "--max-new-tokens", "60"])
+    predictions = [common.read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "r", runs["results"])]
+    assert [p["response"] for p in predictions[0]] == [p["response"] for p in predictions[1]]
