@@ -11,19 +11,6 @@
     matching        which sentences are right; the answer of a chain
 
 `# eq. n` marks the line that is equation n of the paper (MMBoundary, ACL 2025).
-
-Choices beyond the paper
- 1. Every U is an uncertainty (0 = certain), so U_CLIPScore = 1 - max(cos, 0): eq. 6 prints the similarity, which would work
-    against the other three terms of eq. 7.
- 2. A sentence's tokens are those of its words, without the closing full stop: with a statement attached the stop becomes a
-    comma or stays, which would leak the choice of statement into the statistics of the sentence.
- 3. Log-probabilities and entropies are those of the model at temperature 1 over the whole vocabulary, whatever it sampled with:
-    sampling yields token ids and nothing else, and one pass over them measures. Of a model's own sampler settings
-    (repetition penalty, ...) only the end tokens are kept.
- 4. TokenSAR's relevance is clamped at 0 and normalised over the sentence; all-zero relevance means uniform weights.
- 5. The minima, maxima, mean and deviation are those of the estimate run; later stages reuse them, clipped to [0, 1].
- 6. One layout everywhere: prompts are padded on the left and responses on the right, so that the responses of a batch start
-    in the same column. Sampling never produces the image placeholder.
 """
 
 from __future__ import annotations
@@ -120,14 +107,6 @@ TRAINING_FLAGS = {
 }
 
 
-def absolute(args: argparse.Namespace) -> None:
-    """Paths that the next stages will need, wherever they are started; a name of the hub stays as it is."""
-    for name in ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder"):
-        value = getattr(args, name, None)
-        if value and (name == "cache" or os.path.exists(value)):
-            setattr(args, name, os.path.abspath(value))
-
-
 def usage_error(*problems: str) -> None:
     """Print all problems on one line of stderr and exit with code 2; does nothing without a problem."""
     if problems:
@@ -161,7 +140,18 @@ def parse_flags(
         if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
             problems.append(f"--{name.replace('_', '-')} {kind.rule}")
     usage_error(*problems, *check(args))
-    absolute(args)
+    for name in (
+        "cache",
+        "data_dir",
+        "model",
+        "clip",
+        "matcher",
+        "similarity",
+        "statement_encoder",
+    ):  # later stages may start elsewhere
+        path = getattr(args, name, None)
+        if path and (name == "cache" or os.path.exists(path)):
+            setattr(args, name, os.path.abspath(path))
     return args
 
 
@@ -814,8 +804,9 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     new_adapter = not adapted and getattr(args, "lora_rank", 0)
     if new_adapter:  # in float32, on a base that stays as every other stage loads it
         model = add_lora(model, args)
-    elif not adapted:
-        freeze_vision(model)
+    elif not adapted:  # as everywhere in LLaVA's recipe, the image tower stays as it is
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("vision" not in name and "visual" not in name)
     vlm = make_vlm(model, processor)
     enable_train_mode(vlm, args.gradient_checkpointing, bool(new_adapter and args.lora_dropout))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -845,12 +836,6 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     alpha = args.lora_alpha or 2 * args.lora_rank
     options = {"lora_alpha": alpha, "target_modules": args.lora_targets, "lora_dropout": args.lora_dropout}
     return get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
-
-
-def freeze_vision(model: nn.Module) -> None:
-    """As everywhere in LLaVA's recipe, the image tower stays as it is."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision" not in name and "visual" not in name)
 
 
 def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool = False) -> None:

@@ -450,10 +450,6 @@ def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
     return value
 
 
-class GaveUp(Exception):
-    """The endpoint fails again and again."""
-
-
 class Annotator:
     """Asks a model at OPENAI_BASE_URL for chains; `tally` counts requests, tokens and what was left out, by reason."""
 
@@ -526,7 +522,7 @@ class Annotator:
             hopeless = isinstance(error, (self.openai.AuthenticationError, self.openai.NotFoundError))
             if hopeless or self.failures >= STOP_AFTER:
                 self.failures = STOP_AFTER  # the other workers stop too
-                raise GaveUp(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300]) from None
+                raise RuntimeError(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300]) from None
             raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
         self.failures = 0
         self.tally.update({name: getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")})
@@ -545,7 +541,7 @@ def annotate(records: list[dict], args: argparse.Namespace) -> None:
     common.write_jsonl(path, list(rows.values()))  # without a last line cut short
     try:
         asyncio.run(annotator.annotate([record for record in records if record["id"] not in rows], path))
-    except GaveUp as error:
+    except RuntimeError as error:  # the endpoint fails again and again
         common.usage_error(str(error))
     finally:
         rows, tally = {row["question_id"]: row for row in common.read_jsonl(path)}, annotator.tally

@@ -94,7 +94,8 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     if args.lora_rank:
         model = common.add_lora(model, args)
     else:
-        common.freeze_vision(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("vision" not in name and "visual" not in name)
     trained, text, decoder = [p for p in model.parameters() if p.requires_grad], model.config.get_text_config(), model.get_decoder()
     if args.lora_rank:
         plan["adapters"] = 2 * bytes_of(trained)
