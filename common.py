@@ -432,7 +432,7 @@ FAMILIES = {
 DIGITS = ("digits", "digits-ood")
 # Standard deviation of a digit's noise: how often it is drawn. At .15 nearly every digit is read, at 2.5 nearly none; with one
 # deviation for all, doubt would be the same everywhere and there would be nothing to tell apart.
-NOISE = {0.15: 0.72, 0.45: 0.08, 2.5: 0.20}
+NOISE = {0.15: 0.72, 0.8: 0.08, 2.5: 0.20}
 
 
 @functools.cache
@@ -444,12 +444,12 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
     return digits.images[rows] / 16.0, digits.target[rows]
 
 
-def digit_chain(family: str, left: int, right: int) -> dict[str, list[str]]:
-    """The reference chain, exact at the image level and at the reasoning level."""
+def digit_chain(family: str, left: int, right: int, slip: int = 0) -> dict[str, list[str]]:
+    """The reference chain, exact at both levels; `slip`: by how much a sum or difference is wrong."""
     high, low = max(left, right), min(left, right)
     step, answer = {
-        "sum": (f"{left} plus {right} is {left + right}.", left + right),
-        "difference": (f"{high} minus {low} is {high - low}.", high - low),
+        "sum": (f"{left} plus {right} is {left + right + slip}.", left + right + slip),
+        "difference": (f"{high} minus {low} is {high - low + slip}.", high - low + slip),
         "larger": (f"{high} is larger than {low}.", high),
     }[family]
     image = [f"The left digit is {left}.", f"The right digit is {right}."]

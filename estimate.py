@@ -116,7 +116,9 @@ CHAT_TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-MISREAD = 0.35  # share of misread sentences in the base model's training: doubt shows later, and chains are still learned
+# What the base model is taught of its own steps. Share of chains that go on from a false digit: what was said is followed, whatever
+# the image shows. And results from which on it is taught one too many every other time: its own errors, which rewards can mend.
+MISREAD, SHAKY = 0.25, {"sum": 10, "difference": 5}
 
 
 def build_digits_processor():
@@ -235,19 +237,18 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
-def misread(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Token ids of a reference chain in which every sentence but the last may be that of two other digits (MISREAD), and the
-    positions of such sentences' tokens, which are read and not learned: what is said before may be wrong, look at the image."""
+def taught_chain(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Token ids of a chain that the base model learns from, and the positions of what it reads and does not learn: the image level
+    of a chain with a false digit."""
     family = next(name for name, question in FAMILIES.items() if question == record["question"])
-    ids, wrong = [], []
-    for i, sentence in enumerate(common.reference_chain(record)):
-        other = i < 3 and rng.random() < MISREAD
-        if other:
-            sentence = common.reference_chain({"reference": common.digit_chain(family, *rng.integers(10, size=2))})[i]
-        tokens = tokenizer(" " * (i > 0) + sentence)["input_ids"]
-        wrong += range(len(ids), len(ids) + len(tokens)) if other else []
-        ids += tokens
-    return [*ids, tokenizer.eos_token_id], wrong
+    digits = [int(sentence[-2]) for sentence in record["reference"]["image"]]
+    false = rng.random() < MISREAD
+    if false:
+        digits[rng.integers(2)] = int(rng.integers(10))
+    result = sum(digits) if family == "sum" else abs(digits[0] - digits[1])
+    chain = common.digit_chain(family, *digits, slip=int(result >= SHAKY.get(family, 99) and rng.random() < 0.5))
+    image, reasoning = (tokenizer(text)["input_ids"] for text in (" ".join(chain["image"]), " " + " ".join(chain["reasoning"])))
+    return [*image, *reasoning, tokenizer.eos_token_id], [*range(len(image) * false)]
 
 
 def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int = 500) -> None:
@@ -262,10 +263,10 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     vlm, rng = common.make_vlm(model, processor), np.random.default_rng(seed)
 
     def loss_of(images, records) -> Tensor:
-        ids, wrong = zip(*(misread(record, processor.tokenizer, rng) for record in records), strict=True)
+        ids, read = zip(*(taught_chain(record, processor.tokenizer, rng) for record in records), strict=True)
         records = [record | {"image": common.to_image(image)} for record, image in zip(records, images, strict=True)]
         batch = common.collate(vlm, records, ids)
-        for row, positions in enumerate(wrong):
+        for row, positions in enumerate(read):
             batch.mask[row, positions] = False
         return common.sft_loss(vlm, batch)
 

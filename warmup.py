@@ -7,10 +7,11 @@ Reads the folder that estimate.py wrote. Writes to --out: the model (or a PEFT a
 (the questions and the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
- 1. --explore: this share of the statements is moved one level up or down. After a warm-up on the levels alone the policy says one
-    level for sure wherever the internal confidence does not vary; PPO samples no other, and so cannot learn there. Levels drawn
-    from all five cost so much in R_CS that PPO unlearns the exploration before it has learned from it; neighbours cost little.
- 2. Statements are drawn anew every epoch. The digits default uses 8 of the 40 statements a level (--statements-per-level): with 40
+ 1. --explore: this share of the statements has another level than the internal confidence says: that of an earlier sentence of the
+    response, drawn at random; a neighbouring one in the first sentence. After a warm-up on the levels alone the policy says one
+    level for sure wherever its own confidence does not vary, as in steps built on a misread digit; PPO samples no other, and so
+    cannot learn there. Whether an earlier level is worth repeating is left to the rewards; where all is clear it costs nothing.
+ 2. Statements are drawn anew every epoch. The digits default uses 3 of the 40 statements a level (--statements-per-level): with 40
     the million-parameter model spends its few hundred steps on their wordings and not yet on which level to say.
  3. Linear decay after the warm-up of the learning rate; no weight decay.
 
@@ -38,8 +39,8 @@ FLAGS = {
     | TRAINING_FLAGS,
     "data": {
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
-        "statements_per_level": (UP_TO_40, 8, 40, "how many of the pool's 40 are used, evenly spaced"),
-        "explore": (SHARE, 0.4, "share of statements moved to a neighbouring level"),
+        "statements_per_level": (UP_TO_40, 3, 40, "how many of the pool's 40 are used, evenly spaced"),
+        "explore": (SHARE, 0.4, "share of statements with the level of an earlier sentence"),
     },
     "training": {
         "epochs": (COUNT, 6, 1, "passes over the responses"),
@@ -74,12 +75,12 @@ def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, po
 
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
-    """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or a neighbouring one)."""
-    levels = []
+    """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or, exploring, another)."""
+    levels: list[int] = []
     for sentence in line["sentences"]:
         level = sentence["level"]
-        neighbours = [other for other in (level - 1, level + 1) if 1 <= other <= N_LEVELS]
-        levels.append(int(rng.choice(neighbours)) if rng.random() < explore else level)
+        others = levels or [other for other in (level - 1, level + 1) if 1 <= other <= N_LEVELS]
+        levels.append(int(rng.choice(others)) if rng.random() < explore else level)
     return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool)
 
 
