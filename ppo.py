@@ -67,7 +67,7 @@ FLAGS = {
         "max_kl": (POSITIVE, 1000.0, "nats a response from the warm-up policy at which a run has gone astray and stops"),
     },
     "rollouts": {
-        "updates": (COUNT, 80, 200, "number of rollouts and updates"),
+        "updates": (COUNT, 96, 200, "number of rollouts and updates"),
         "batch_size": (COUNT, 64, 16, "questions a rollout"),
         "samples": (COUNT, 3, "N, responses a question (App. B)"),
         "generate_batch": (COUNT, 96, 8, "responses sampled and measured at once; changes memory"),
