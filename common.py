@@ -117,8 +117,8 @@ def usage_error(*problems: str) -> None:
 def parse_flags(
     doc: str, groups: dict[str, dict], argv: list[str] | None = None, check: Callable = lambda args: []
 ) -> argparse.Namespace:
-    """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}. All problems, those that `check(args)`
-    returns included, end the run in one line (exit code 2). A flag with two defaults stays None until `fill_defaults`."""
+    """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}; all problems, those of `check(args)`
+    included, end the run in one line (exit code 2). A flag with two defaults stays None until `fill_defaults`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     for title, flags in groups.items():
@@ -241,10 +241,9 @@ def read_run(folder: str | Path, *needed: str) -> dict:
 
 
 class Run:
-    """An open run folder and the processes that work on it (`torchrun`, `accelerate launch`); only the main one writes.
-
-    setup: data, models and matcher, handed from stage to stage in run.json. A folder that holds anything else than the same run
-    (`free` flags may differ) is never touched without --overwrite (exit code 2). `finished`: it already ended here."""
+    """An open run folder and the processes that work on it (`torchrun`, `accelerate launch`); only the main one writes. setup:
+    data, models and matcher, handed from stage to stage in run.json. A folder that holds anything but the same run (`free` flags
+    may differ) is never touched without --overwrite (exit code 2). `finished`: it already ended here."""
 
     def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
         self.stage, self.out, tracker = stage, Path(args.out), getattr(args, "tracker", None)
@@ -566,7 +565,6 @@ MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, Recur
 
 def load_data(name: str, data_dir=None, split="train", limit=None, require_images=True, allow_bad_records=False, world=None):
     """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference", ...}].
-
     Test reads the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Validation is a tenth of the
     train file, by the questions' ids, which train then goes without ("all" has both). Only the original ScienceQA has all three;
     CulturalVQA is one file. `name` may join data sets, "aokvqa+scienceqa". Without data_dir the Hugging Face hub is asked. What
@@ -1039,10 +1037,8 @@ def sft_loss(vlm: VLM, batch: Batch) -> Tensor:
 
 
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and exact entropy of each distribution.
-
-    logits (L, V), any float type; targets (L,) token ids -> logprob (L,), entropy (L,), float32, in nats.
-    One log-sum-exp serves both: log p_i = z_i - lse and H = lse - sum_i p_i z_i, with z shifted by its maximum."""
+    """Log-probability of each target and exact entropy of each distribution: logits (L, V), any float type; targets (L,) token
+    ids -> logprob (L,), entropy (L,), float32, in nats. One log-sum-exp serves both: log p_i = z_i - lse, H = lse - sum p z."""
     logits = logits.float()
     top = logits.max(-1, keepdim=True).values
     z = torch.where(logits == top, 0.0, logits - top)  # also right where the maximum is +inf
@@ -1398,12 +1394,11 @@ NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-stat
 
 
 class StatementReader:
-    """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping).
-
-    A statement of the pool has its own level. Any other wording is judged by its cosines to all statements, weighted by a support
-    vector machine fitted on the pool; a text whose largest cosine is below FLOOR, or that names an answer, is no statement. Beyond
-    the paper, the means of the encoder's word embeddings and of its fourth layer join the sentence embedding (they keep "not",
-    "fully" and "fairly" apart), and every statement also votes without its opening "and", "but", ..."""
+    """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping). A statement of the pool has
+    its own level. Any other wording is judged by its cosines to all statements, weighted by a support vector machine fitted on the
+    pool; a text whose largest cosine is below FLOOR is none. Beyond the paper, the means of the encoder's word embeddings and of
+    its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
+    without its opening "and", "but", ..."""
 
     def __init__(self, encoder: str | None = None, device: str = "cpu"):
         self.encoder = sentence_encoder(encoder, device)

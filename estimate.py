@@ -2,19 +2,15 @@
 
 The base model answers each training question at temperature 0.1 (App. B). Each sentence of the answer gets four uncertainties:
 length-normalised log-probability (eq. 3), mean token entropy (eq. 4), TokenSAR (eq. 5) and CLIPScore (eq. 6). They are min-max
-normalised over the data set, summed with weights (eq. 7), and cut into the levels 5 (sure) to 1 (unsure) at mu - s, mu + s,
-mu + 2s, mu + 3s.
-
-Writes to --out: responses.jsonl (one question a line, its sentences with their uncertainties and levels), confidence.json
-(weights, minima, maxima, mean, deviation, edges: all that later stages need to measure on the same scale), confidence.png.
+normalised over the data set, summed with weights (eq. 7), and cut into the levels 5 (sure) to 1 (unsure) at mu - s, mu + s, ...
+Writes to --out: responses.jsonl (a question a line, its sentences with uncertainties and levels), confidence.json (all that later
+stages need to measure on the same scale), confidence.png.
 
 Choices beyond the paper
- 1. A sentence is `correct` when it matches a sentence of the reference chain; this is recorded for the summary only, the
-    levels never see it.
- 2. Sampling is seeded batch by batch, so that an interrupted run continues with what it would have drawn, and so that several
-    processes (`accelerate launch estimate.py ...`) draw what one would.
- 3. --annotate (stage 0, App. C and G): an unusable answer goes back once with what is wrong with it, then its question is left out;
-    the same command again asks for what was left out.
+ 1. A sentence is `correct` when it matches a sentence of the reference chain; only the summary and --levels calibrated see it.
+ 2. Sampling is seeded batch by batch: an interrupted run, or several processes (`accelerate launch estimate.py`), draw the same.
+ 3. --annotate (stage 0, App. C and G): an unusable answer goes back once with what is wrong with it, then its question is left
+    out; the same command again asks for what was left out.
 
     python estimate.py                                # the digits world, nothing to download
     python estimate.py --weights 1 1 1 0              # the ablation w/o U_CLIPScore

@@ -6,7 +6,6 @@ Each update samples N responses for a batch of training questions, splits them i
     R_CS  self-calibration: 1 - 2 (IV(z_t) - EV(c_t))^2, IV from the policy's own logits eq. 12
     R = alpha R_KA + beta R_EC + gamma R_CS                                              eq. 13
 then turns rewards into advantages (GAE) and takes clipped policy steps (eq. 14) with a penalty for leaving the warm-up policy.
-
 Reads the folder that warmup.py wrote. Writes to --out: the model, value_head.safetensors, confidence.json, log.jsonl (a line an
 update), training.png, trainer_state.pt (the same command continues an interrupted run).
 
@@ -219,7 +218,6 @@ def place_at_end(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_re
 
 def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_reference: int) -> None:
     """Each term where what it judges ends: scores (T,) of one response, weighted terms (sentences, 3), ends of z_t and c_t.
-
     By its t-th sentence a response has earned S = (sum of its terms so far) / max(t, n_reference). Every place is paid the
     change of S, so that the payments telescope to the last S; what R is more or less than that, the last token gets."""
     earned = paid = 0.0
@@ -243,8 +241,7 @@ def known_before(roll: Rollout, judged: list) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2015); (B, T) each -> advantages, returns, 0 outside the mask.
-
+    """Generalised advantage estimation (Schulman et al. 2015); (B, T) each -> advantages, returns, 0 outside the mask:
     delta_t = r_t + discount V_{t+1} - V_t,  A_t = delta_t + discount lam A_{t+1};  V = 0 after a response's last token."""
     advantages = torch.zeros_like(rewards)
     following = next_value = torch.zeros(len(rewards))

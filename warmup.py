@@ -1,10 +1,8 @@
 """Stage 2: teach the model to state its confidence (sec. 3.1.2 and 3.1.3).
 
 Every sentence of the model's own responses gets a statement drawn at random from the 40 of its internal level, and the model is
-fine-tuned on the result (eq. 9), with loss on the response tokens only.
-
-Reads the folder that estimate.py wrote. Writes to --out: the model (or a PEFT adapter with --lora-rank), confidence.json, sft.jsonl
-(the questions and the text of the first epoch), log.jsonl, training.png.
+fine-tuned on the result (eq. 9), with loss on the response tokens only. Reads the folder that estimate.py wrote. Writes to --out:
+the model (or a PEFT adapter), confidence.json, sft.jsonl (the questions, the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
  1. --explore: this share of the statements has another level than the internal confidence says: that of an earlier sentence of the
