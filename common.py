@@ -1394,10 +1394,10 @@ NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-stat
 
 
 class StatementReader:
-    """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping). A statement of the pool has
-    its own level. Any other wording is judged by its cosines to all statements, weighted by a support vector machine fitted on the
-    pool; a text whose largest cosine is below FLOOR is none. Beyond the paper, the means of the encoder's word embeddings and of
-    its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
+    """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping). A statement of the pool
+    has its own level. Any other wording is judged by its cosines to all statements, weighted by a support vector machine fitted on
+    the pool; a text whose largest cosine is below FLOOR is none. Beyond the paper, the means of the encoder's word embeddings and
+    of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
     without its opening "and", "but", ..."""
 
     def __init__(self, encoder: str | None = None, device: str = "cpu"):

@@ -16,6 +16,7 @@ Choices beyond the paper
     python warmup.py                                  # reads estimate/, writes warmup/
     python warmup.py --no-statements                  # the ablation w/o S-S Mapping: "with confidence 4 of 5."
     python warmup.py --explore 0                      # the paper's data, without exploration
+    python warmup.py --oracle                         # what this network can learn of the truth: a reference line, no method
 """
 
 import functools
@@ -38,6 +39,7 @@ FLAGS = {
     "data": {
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
         "statements_per_level": (UP_TO_40, 3, 40, "how many of the pool's 40 are used, evenly spaced"),
+        "oracle": (SWITCH, False, "no method, a reference line: level 5 where a sentence is right and 1 where it is wrong"),
         "explore": (SHARE, 0.4, "share of statements with the level of an earlier sentence"),
     },
     "training": {
@@ -108,6 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     if run.finished:
         return
     lines = [line for line in common.read_jsonl(Path(args.estimate, "responses.jsonl")) if line["sentences"]]
+    if args.oracle:
+        args.explore, sentences = 0.0, [sentence for line in lines for sentence in line["sentences"]]
+        for sentence in sentences:
+            sentence["level"] = N_LEVELS if sentence["correct"] else 1
     pool, n = common.load_statements(), args.statements_per_level
     pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in pool.items()}
     pool = NUMERIC_STATEMENTS if args.no_statements else pool

@@ -181,6 +181,14 @@ def test_statements_follow_the_levels(reader):
     assert numbers.startswith("Sentence 0 is here, with confidence 1 of 5. Sentence 1")
 
 
+def test_oracle(runs, reader, tmp_path):
+    warmup.main(["--estimate", str(runs["estimate"]), "--epochs", "1", "--oracle", "--out", str(tmp_path / "w")])
+    lines = {line["id"]: line["sentences"] for line in common.read_jsonl(runs["estimate"] / "responses.jsonl")}
+    for row in common.read_jsonl(tmp_path / "w" / "sft.jsonl"):
+        truth = [5 if sentence["correct"] else 1 for sentence in lines[row["id"]]]
+        assert [step.level for step in reader.parse([row["text"]])[0]] == truth
+
+
 def test_which_tokens_carry_loss(base, records):
     """Exactly the tokens of the response and its end: not the prompt, the image or the padding."""
     texts = ["The left digit is 3.", "The left digit is 3, and I trust this is correct."]
