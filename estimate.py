@@ -21,7 +21,6 @@ Choices beyond the paper
 """
 
 import argparse
-import asyncio
 import base64
 import functools
 import importlib.util
@@ -31,6 +30,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -454,42 +454,32 @@ class Annotator:
         import openai
 
         self.openai, self.args, self.tally, self.failures = openai, args, Counter(), 0
+        http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: self.tally.update(["requests"])]})  # retries too
+        self.client = openai.OpenAI(max_retries=RETRIES, timeout=TIMEOUT, http_client=http)
 
-        async def count(_) -> None:
-            self.tally["requests"] += 1  # retries too
-
-        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [count]})
-        self.client = openai.AsyncOpenAI(max_retries=RETRIES, timeout=TIMEOUT, http_client=http)
-
-    async def annotate(self, records: list[dict], path: Path) -> None:
+    def annotate(self, records: list[dict], path: Path) -> None:
         """Append each record's row to `path` as soon as both passes are done, args.concurrency records at a time."""
-        queue = iter(records)
-
-        async def work() -> None:
-            for record in queue:
-                if self.failures >= STOP_AFTER:
-                    return
+        pool = ThreadPoolExecutor(self.args.concurrency)
+        rows = {pool.submit(self.find_row, record): record["id"] for record in records}
+        try:
+            for row in tqdm(as_completed(rows), desc="annotate", total=len(rows)):
                 try:
-                    common.append_jsonl(path, [await self.find_row(record)])
+                    common.append_jsonl(path, [row.result()])
                 except ValueError as error:
                     self.tally[f"left out: {error.args[0]}"] += 1
-                    bar.write(f"{record['id']} left out: {error.args[0]}")
-                bar.update()
+                    tqdm.write(f"{rows[row]} left out: {error.args[0]}")
+        finally:
+            self.failures = STOP_AFTER  # what is still at work asks no more
+            pool.shutdown(cancel_futures=True)
 
-        with tqdm(total=len(records), desc="annotate") as bar:
-            async with self.client:
-                ended = await asyncio.gather(*(work() for _ in range(self.args.concurrency)), return_exceptions=True)
-        for error in filter(None, ended):
-            raise error
-
-    async def find_row(self, record: dict) -> dict:
+    def find_row(self, record: dict) -> dict:
         """Both passes of a record -> its row in the published layout."""
         image, answer, given, passes = Path(record["image"]), record["answer"], record["reference"], []
         uri = f"data:{mimetypes.guess_type(image)[0] or 'image/png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
         more = "".join(f"Rationale: {text}\n" for text in given["reasoning"] if not given["image"])  # else it has a chain already
         for task in (ANNOTATE, REFINE):
             text = {"type": "text", "text": ANNOTATION_PROMPT.format_map(record | task | {"more": more})}
-            chain = await self.ask_chain([{"type": "image_url", "image_url": {"url": uri}}, text], answer)
+            chain = self.ask_chain([{"type": "image_url", "image_url": {"url": uri}}, text], answer)
             passes.append({"Image_level": chain["image"], "Reasoning_level": chain["reasoning"]})
             more = f"Chain: {json.dumps(chain, ensure_ascii=False)}"
         row = {"split": "train", "image_id": int(image.stem) if image.stem.isdecimal() else image.stem, "question_id": record["id"]}
@@ -498,27 +488,29 @@ class Annotator:
         row["correct_choice_idx"] = record["choices"].index(answer) if answer in (record["choices"] or []) else None
         return row | {"keys": passes[0], "keys_filtered": passes[1]}
 
-    async def ask_chain(self, content: list[dict], answer: str) -> dict[str, list[str]]:
+    def ask_chain(self, content: list[dict], answer: str) -> dict[str, list[str]]:
         """A chain; one that cannot be used goes back once with what is wrong with it."""
         messages = [{"role": "user", "content": content}]
-        reply = await self.ask(messages)
+        reply = self.ask(messages)
         try:
             return parse_chain(reply, answer)
         except ValueError as error:
             problem = {"role": "user", "content": REPAIR.format(": ".join(error.args))}
-        return parse_chain(await self.ask([*messages, {"role": "assistant", "content": reply}, problem]), answer)
+        return parse_chain(self.ask([*messages, {"role": "assistant", "content": reply}, problem]), answer)
 
-    async def ask(self, messages: list[dict]) -> str:
-        """A model's answer; ValueError where it refuses or fails, the end of the run where it fails again and again."""
+    def ask(self, messages: list[dict]) -> str:
+        """A model's answer; ValueError where it refuses or fails, RuntimeError where it fails again and again."""
+        if self.failures >= STOP_AFTER:
+            raise ValueError("not asked")
         try:
-            completion = await self.client.chat.completions.create(model=self.args.annotate, messages=messages)
+            completion = self.client.chat.completions.create(model=self.args.annotate, messages=messages)
             choice, usage = completion.choices[0], completion.usage
             text, refused = str(choice.message.content), choice.message.refusal or choice.finish_reason == "content_filter"
         except (self.openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:  # the last: another protocol
             self.failures += 1
             hopeless = isinstance(error, (self.openai.AuthenticationError, self.openai.NotFoundError))
             if hopeless or self.failures >= STOP_AFTER:
-                self.failures = STOP_AFTER  # the other workers stop too
+                self.failures = STOP_AFTER
                 raise RuntimeError(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300]) from None
             raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
         self.failures = 0
@@ -537,7 +529,7 @@ def annotate(records: list[dict], args: argparse.Namespace) -> None:
     rows = {row["question_id"]: row for row in common.read_jsonl(path)}
     common.write_jsonl(path, list(rows.values()))  # without a last line cut short
     try:
-        asyncio.run(annotator.annotate([record for record in records if record["id"] not in rows], path))
+        annotator.annotate([record for record in records if record["id"] not in rows], path)
     except RuntimeError as error:  # the endpoint fails again and again
         common.usage_error(str(error))
     finally:
