@@ -1269,15 +1269,35 @@ def uncertainties(
     return np.split(raw, np.cumsum([len(found) for found in steps])[:-1])
 
 
-def fuse(raw: np.ndarray, confidence: dict, starts: Sequence[int] = ()) -> np.ndarray:
-    """U_Final (n,) of raw uncertainties (n, 4), min-max normalised with the stored minima and maxima (a constant estimator maps to
-    0) or by their rank among the stored quantiles: the weighted sum, or the largest one (the ablation `w U_Max`). `snowball` makes
-    each sentence at least as uncertain as those before it in its response; `starts`: the rows where further responses begin."""
-    low, high, weights = (np.array(confidence[name]) for name in ("min", "max", "weights"))
+def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity) -> tuple[list[Response], list[list[Step]], list]:
+    """Responses whose token ids are `sample(prompts)`, their sentences (none that was cut), and the raw uncertainties of these."""
+    with images_encoded_once(vlm), torch.no_grad():
+        prompts = collate(vlm, records)
+        ids = sample(prompts)
+        logprob, entropy, _ = response_statistics(vlm, add_responses(vlm, prompts, ids))
+    responses = [read_response(vlm.tokenizer, tokens) for tokens in ids]
+    steps = [split_steps(response.text) for response in responses]
+    for response, found in zip(responses, steps, strict=True):
+        if found and found[-1].end == found[-1].stop and response.ids[-1] not in vlm.end_tokens:
+            found.pop()
+    return responses, steps, uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
+
+
+def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
+    """Raw uncertainties (n, 4) -> [0, 1], by the stored minima and maxima (a constant estimator maps to 0) or by quantiles."""
+    low, high = np.array(confidence["min"]), np.array(confidence["max"])
     unit = ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
     if "quantiles" in confidence:
         ranks = np.linspace(0, 1, len(confidence["quantiles"][0]))
         unit = np.stack([np.interp(u, of, ranks) for u, of in zip(raw.T, confidence["quantiles"], strict=True)], 1)
+    return unit
+
+
+def fuse(raw: np.ndarray, confidence: dict, starts: Sequence[int] = ()) -> np.ndarray:
+    """U_Final (n,) of raw uncertainties (n, 4): the weighted sum of the normalised ones, or the largest (the ablation `w U_Max`).
+    `snowball` makes each sentence at least as uncertain as those before it in its response; `starts`: the rows where further
+    responses begin."""
+    unit, weights = normalize(raw, confidence), np.array(confidence["weights"])
     u = unit[:, weights > 0].max(-1) if confidence["fuse"] == "max" else unit @ weights  # eq. 7
     return np.concatenate([*map(np.maximum.accumulate, np.split(u, starts))]) if confidence.get("snowball") else u
 

@@ -42,6 +42,7 @@ import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -290,20 +291,13 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- internal confidence
 def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argparse.Namespace, seed: int) -> list[dict]:
     """Answer a batch of questions and measure every sentence: the lines of responses.jsonl, without `u` and `level`."""
-    with common.images_encoded_once(vlm), torch.no_grad():
-        prompts = common.collate(vlm, records)
+
+    def sample(prompts: common.Batch) -> list[list[int]]:
         if args.responses:
-            ids = common.response_ids(vlm, [record["response"] for record in records])
-        else:
-            ids = common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
-        logprob, entropy, _ = common.response_statistics(vlm, common.add_responses(vlm, prompts, ids))
-    responses = [common.read_response(vlm.tokenizer, tokens) for tokens in ids]
-    steps = [common.split_steps(response.text) for response in responses]
-    finished = [response.ids[-1] in vlm.end_tokens for response in responses]
-    for found, whole in zip(steps, finished, strict=True):
-        if not whole and found and found[-1].end == found[-1].stop:  # the last sentence was cut
-            found.pop()
-    raw = common.uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
+            return common.response_ids(vlm, [record["response"] for record in records])
+        return common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
+
+    responses, steps, raw = common.measure(vlm, records, sample, clip, similarity)
     matched = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records)))
     lines = []
     for row, record in enumerate(records):
@@ -313,7 +307,8 @@ def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argp
             sentence = {"text": step.text, "start": step.start, "end": step.end, "n_tokens": n_tokens}
             sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
             sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
-        lines.append(record | {"response": responses[row].text, "finished": finished[row], "sentences": sentences})
+        lines.append(record | {"response": responses[row].text, "sentences": sentences})
+        lines[-1]["finished"] = responses[row].ids[-1] in vlm.end_tokens
     return lines
 
 
@@ -343,6 +338,9 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
     if normalize == "rank":
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
+    if len(set(correct)) == 2:  # for comparison only: what the four together tell of the truth, fitted on the training sentences
+        logistic = LogisticRegression().fit(common.normalize(raw, confidence), correct)
+        confidence["logistic"] = [*logistic.coef_[0].tolist(), float(logistic.intercept_[0])]
     u = common.fuse(raw, confidence, starts)
     mean, std = float(u.mean()), float(u.std())
     sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"

@@ -43,6 +43,7 @@ FLAGS = {
         "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
         "split": (("test", "validation"), "test", "tune on validation, report on test"),
         "limit": (COUNT, 600, None, "number of questions"),
+        "bars": (SWITCH, False, "measure the base model's internal confidence on the same questions, too"),
         "noise_scale": (POSITIVE, None, "digits: multiplies the noise of every image (default: the run's)"),
         "cache": (TEXT, None, "where the digits world keeps its images (default: the run's)"),
         "max_new_tokens": (COUNT, 100, 320, "longest response"),
@@ -345,6 +346,42 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
     return predictions
 
 
+# ------------------------------------------------------------------------------------------------- the bars beside a model
+def measure_base(vlm: VLM, matcher, clip, similarity, records: list[dict], max_new_tokens: int) -> list[dict]:
+    """Greedy responses of the untrained base model, the raw uncertainties of their sentences, and which are right: base.jsonl."""
+    sample = lambda prompts: common.generate(vlm, prompts, 0.0, max_new_tokens, 0)  # noqa: E731
+    _, steps, raw = common.measure(vlm, records, sample, clip, similarity)
+    matches, lines = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records))), []
+    for record, found, values, matched in zip(records, steps, raw, matches, strict=True):
+        parts = ["image" if i < len(record["reference"]["image"]) else "reasoning" for i in range(len(found))]
+        rows = zip(found, values.tolist(), matched.any(1).tolist(), parts, strict=True)
+        sentences = [{"text": step.text, "raw": four, "correct": right, "part": part} for step, four, right, part in rows]
+        lines.append({"id": record["id"], "sentences": sentences, "covered": {}})
+    return lines
+
+
+def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
+    """What the base model's internal confidence is worth on the sentences that it wrote itself: the bars that training must clear.
+    LNLP and U_Final as they are (AUROC); in five levels, the levels of U_Final and a logistic regression on the four."""
+    sentences = [sentence for line in lines for sentence in line["sentences"]]
+    raw, correct = np.array([s["raw"] for s in sentences]), np.array([s["correct"] for s in sentences])
+    part = np.array([s["part"] for s in sentences])
+    u = common.fuse(raw, confidence, np.cumsum([len(line["sentences"]) for line in lines])[:-1])
+    rows, levels = {"base, LNLP": -raw[:, 0], "base, U_Final": -u}, {"base, levels of U_Final": common.to_level(u, confidence)}
+    if "logistic" in confidence:
+        *coefficients, intercept = confidence["logistic"]
+        p = 1 / (1 + np.exp(-common.normalize(raw, confidence) @ np.array(coefficients) - intercept))
+        levels["base, logistic regression"] = 1 + np.rint(4 * p).astype(int)
+    scores = {"base rate": float(correct.mean())}
+    for name, values in (rows | levels).items():
+        scores[name] = {"auroc": auroc(values, correct)} | {p: auroc(values[part == p], correct[part == p]) for p in PARTS}
+        if name in levels:
+            for sentence, level in zip(sentences, values, strict=True):
+                sentence["level"] = int(level)
+            scores[name] |= {"brier_skill": brier_skill((values - 1) / 4, correct), "mece": mece(lines)}
+    return scores
+
+
 # -------------------------------------------------------------------------------------------------------------------- main
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
@@ -380,12 +417,26 @@ def main(argv: list[str] | None = None) -> None:
 
     right = lambda prediction: [prediction["answer_correct"]]  # noqa: E731
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer, right)
+    bars = None
+    if args.bars and Path(args.ckpt, "confidence.json").exists():
+        base = common.load_model(setup["model"], args, run.device)
+        clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
+        of_base = lambda batch, _: measure_base(base, matcher, clip, similarity, batch, args.max_new_tokens)  # noqa: E731
+        all_right = lambda line: [sentence["correct"] for sentence in line["sentences"]]  # noqa: E731
+        bars = common.answer_in_batches(run, records, args.batch_size, "base.jsonl", of_base, all_right)
     if run.accelerator.is_main_process:
         common.report_unsplit(predictions)
         metrics = compute_metrics(predictions)
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
         print(format_table({str(args.ckpt): metrics}))
+        if bars:
+            metrics["internal"] = internal_rows(bars, common.read_json(Path(args.ckpt, "confidence.json")))
+            print(f"\n{'the bars, of what the base model wrote':40s} AUROC  image  reasoning  Brier skill  MECE")
+            for name, row in metrics["internal"].items():
+                row = {"auroc": row} if name == "base rate" else row
+                print(f"{name:40s}" + "  ".join(fmt(row.get(key)) for key in ("auroc", *PARTS, "brier_skill", "mece")))
+            metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         common.write_json(run.out / "metrics.json", metrics)
     run.finish()
 

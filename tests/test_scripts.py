@@ -277,6 +277,18 @@ def test_evaluate(runs, tmp_path):
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (runs["results"] / "metrics.json").read_bytes()
 
 
+def test_evaluate_with_the_bars(runs, tmp_path, capsys):
+    evaluate.main(["--ckpt", str(runs["ppo"]), "--limit", "6", "--max-new-tokens", "60", "--bars", "--out", str(tmp_path / "r")])
+    metrics, lines = common.read_json(tmp_path / "r" / "metrics.json"), common.read_jsonl(tmp_path / "r" / "base.jsonl")
+    right = [sentence["correct"] for line in lines for sentence in line["sentences"]]
+    assert len(lines) == 6 and metrics["internal"]["base rate"] == pytest.approx(np.mean(right))
+    assert "base, levels of U_Final" in capsys.readouterr().out and set(metrics["internal"]["base, LNLP"]) == {
+        "auroc",
+        "image",
+        "reasoning",
+    }
+
+
 def test_evaluate_a_base_model(cache, tmp_path):
     model = estimate.digits_paths(cache, 0, 1.0)["model"]
     evaluate.main(["--ckpt", model, "--limit", "6", "--cache", str(cache), "--data", "digits-ood", "--out", str(tmp_path / "b")])
