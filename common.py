@@ -284,9 +284,10 @@ class Run:
                 os.close(LOCKS.pop(out))  # of an earlier run of this process
             LOCKS[out] = os.open(self.out, os.O_RDONLY)
             fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            usage_error(f"another run is at work in {self.out}/")
         except OSError as error:
-            taken = isinstance(error, BlockingIOError)
-            usage_error(f"another run is at work in {self.out}/" if taken else f"--out {self.out} cannot be written: {error}")
+            usage_error(f"--out {self.out} cannot be written: {error}")
         if held and overwrite:
             for path in sorted(self.out.iterdir(), key=lambda path: path.name == "run.json"):  # the record last
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -422,6 +423,7 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 # The digits world: two scans of real handwriting (UCI, scikit-learn's load_digits) side by side under noise. Each digit draws
 # its own noise, from clean to hopeless, so that how hard it is can be seen.
 
+WORLD = "world2"  # the folder of what is cached; another name whenever the world changes, so that nothing old is taken for new
 POOLS = {"base": 700, "train": 500, "validation": 250, "test": 347}  # scans, disjoint; a question only uses its split's pool
 FAMILIES = {
     "sum": "What is the sum of the two digits?",
@@ -491,7 +493,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}]; the first n are the
     same for every limit. Images are rendered into `cache` once."""
-    folder = Path(cache) / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
+    folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index in range(limit):

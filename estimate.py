@@ -274,7 +274,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
 
 def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, str]:
     """Where the digits world keeps its vision-language model and its CLIP model."""
-    return {name: str(Path(cache) / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
+    return {name: str(Path(cache) / common.WORLD / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
 
 
 def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
