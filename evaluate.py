@@ -228,7 +228,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
 {%- endmacro %}
 {% macro card(p, picture, judged) %}
-<article class="card"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+<article class="card" data-tags="{{ tags(p) | join(' ') }}"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
 <div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
 {% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
@@ -250,7 +250,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-u
 h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
 dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% }
 .card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1rem 0; padding: .6rem;
-  border: 1px solid #d9dee5; border-radius: 8px } .card header { grid-column: 1 / -1 }
+  border: 1px solid #d9dee5; border-radius: 8px }
+.card[hidden] { display: none } [aria-pressed=true] { background: #123; color: #fff } .card header { grid-column: 1 / -1 }
 .card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
 .l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 }
@@ -260,12 +261,30 @@ dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% }
 <dl>{% for name, value, of in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}<br><small>{{ of }}</small></dd></div>
 {% endfor %}</dl>
 {% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level" src="{{ plot }}">{% endif %}
+<nav aria-label="Filters">{% for tag, label, n in buttons %}
+<button type="button" data-tag="{{ tag }}" aria-pressed="{{ 'true' if loop.first else 'false' }}">{{ label }} ({{ n }})</button>
+{% endfor %}</nav>
 <p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
 <b class="yes">✓</b> matches the reference <b class="no">✗</b> does not. {% if cards | length < total %}Only the first
 {{ cards | length }} of {{ total }} questions are shown; the figures above are over all of them.{% endif %}</p>
 <main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main>
-</body></html>
+<script>
+const buttons = [...document.querySelectorAll("nav button")], cards = [...document.querySelectorAll(".card")];
+buttons.forEach(button => button.addEventListener("click", () => {
+  buttons.forEach(b => b.setAttribute("aria-pressed", b === button));
+  cards.forEach(card => card.hidden = !card.dataset.tags.split(" ").includes(button.dataset.tag));
+}));
+</script></body></html>
 """)
+
+
+FILTERS = {  # tag: (label, test of a question)
+    "all": ("all", lambda p: True),
+    "overconfident": ("confident and wrong", lambda p: any((s["level"] or 0) >= 4 and not s["correct"] for s in p["sentences"])),
+    "underconfident": ("unsure and right", lambda p: any((s["level"] or 5) <= 2 and s["correct"] for s in p["sentences"])),
+    "wrong": ("wrong answer", lambda p: not p["answer_correct"]),
+    "unstated": ("no statement", lambda p: any(s["level"] is None for s in p["sentences"]) or not p["sentences"]),
+}
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -300,7 +319,9 @@ def write_report(predictions: list[dict], metrics: dict, path: Path, title: str,
     ]
     figure, cards = data_uri(plot.read_bytes(), "png") if plot.exists() else None, [(p, thumbnail(p["image"])) for p in shown]
     about = {"title": title, "figures": figures, "plot": figure, "levels": LEVELS, "total": len(predictions)}
-    page = PAGE.render(about, cards=cards)
+    tags = lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)]  # noqa: E731
+    buttons = [(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()]
+    page = PAGE.render(about, cards=cards, tags=tags, buttons=buttons)
     common.write_text(path, page)
 
 

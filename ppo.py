@@ -310,12 +310,12 @@ def fit_value(head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns
     return float(np.mean(losses))
 
 
-def scale(advantages: Tensor, mask: Tensor, accelerator: Accelerator) -> Tensor:
-    """Advantages (B, T) divided by the standard deviation of those of all processes."""
-    values = advantages[mask].double()
+def deviation(values: Tensor, accelerator: Accelerator) -> float:
+    """Standard deviation of the values (n,) of all processes; 0 of none."""
+    values = values.double()
     sums = torch.stack([torch.ones_like(values), values, values**2]).sum(1).float().to(accelerator.device)
     n, first, second = accelerator.reduce(sums, "sum").tolist()
-    return advantages / ((second / n - (first / n) ** 2) ** 0.5 + 1e-8)
+    return max(second / max(n, 1) - (first / max(n, 1)) ** 2, 0.0) ** 0.5
 
 
 def train_update(
@@ -344,8 +344,10 @@ def train_update(
     # 4. improve the policy, then fit the value head
     stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"), np.nan)
     if not value_only:
-        said = scale(advantages, roll.statement, accelerator)
-        b_advantages = torch.where(roll.statement, said, scale(advantages, roll.mask & ~roll.statement, accelerator))
+        apart = (roll.mask & ~roll.statement, roll.statement)
+        sentences, statements = (deviation(advantages[tokens], accelerator) for tokens in apart)
+        statements = max(statements, sentences / 20, 1e-8)  # where they are few or all alike
+        b_advantages = advantages / torch.where(roll.statement, statements, max(sentences, 1e-8))
         stats = update(models, optimizers["policy"], roll, b_advantages, args, seed, accelerator)
     b_returns, b_values = returns[roll.mask].to(device), values[roll.mask].to(device)
     epochs = args.value_epochs * (5 if value_only else 1)

@@ -243,11 +243,11 @@ def test_gae_by_hand():
 
 def test_discount_and_lambda_reach_the_update(processor, monkeypatch):
     """The reward comes 3 tokens after the choice (at the full stop, with V = 0 and lambda 1/2 it is 1/8 there), the update before
-    the choice sees less; R = 1 for TWO alone. Deviation of the 24 advantages: 12 of them 2^-k, the others 0."""
+    the choice sees less; R = 1 for TWO alone. Deviation of the advantages of the statements: half of them 2^-k, the others 0."""
     policy = bandit(processor, 0.5)
     args = arguments(alpha=1.0, reward_placement="end", lam=0.5)
     train_step(monkeypatch, make_models(processor, policy), [TWO, ONE], judge_as(lambda text: text == TWO), args)
-    per_token = np.array([0.5**k for k in range(LENGTH)] + [0.0] * LENGTH)
+    per_token = np.array([0.5**k for k in range(STATED)] + [0.0] * STATED)
     assert log_odds(processor, policy) == pytest.approx(2 * 0.125 / per_token.std() * 0.5 / (2 * LENGTH), rel=1e-4)
 
 
