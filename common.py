@@ -10,8 +10,7 @@
     statements      from text to sentences and confidence statements                eq. 2
     matching        which sentences are right; the answer of a chain
 
-`# eq. n` marks the line that is equation n of the paper (MMBoundary, ACL 2025).
-"""
+`# eq. n` marks the line that is equation n of the paper."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +51,7 @@ from PIL import Image, ImageOps
 from scipy.ndimage import uniform_filter
 from sentencex import get_sentence_boundaries
 from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -61,6 +61,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
 INPUTS = ("estimate", "ckpt", "responses")  # flags that name what a run reads
+PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
 LOCKS: dict[Path, int] = {}  # of the folders that this process works on
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
@@ -74,16 +75,8 @@ QUESTION_PROMPT = (
 
 
 # ------------------------------------------------------------------------------------------------------------------- flags
-@dataclass(frozen=True)
-class Kind:
-    """What a flag takes: the type of a value, which values are allowed, and how to say so."""
-
-    type: Callable
-    allowed: Callable = lambda value: True
-    rule: str = ""
-    nargs: int | str | None = None
-
-
+# What a flag takes: the type of a value, which values are allowed, how to say so, how many there are.
+Kind = namedtuple("Kind", "type allowed rule nargs", defaults=(lambda value: True, "", None))
 COUNT = Kind(int, lambda n: n > 0, "must be positive")
 NATURAL = Kind(int, lambda n: n >= 0, "must not be negative")
 POSITIVE = Kind(float, lambda x: 0 < x < math.inf, "must be positive")
@@ -114,9 +107,7 @@ def usage_error(*problems: str) -> None:
         raise SystemExit(2)
 
 
-def parse_flags(
-    doc: str, groups: dict[str, dict], argv: list[str] | None = None, check: Callable = lambda args: []
-) -> argparse.Namespace:
+def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = lambda args: []) -> argparse.Namespace:
     """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}; all problems, those of `check(args)`
     included, end the run in one line (exit code 2). A flag with two defaults stays None until `fill_defaults`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,10 +120,10 @@ def parse_flags(
             options = {"default": defaults[0] if len(defaults) == 1 else None, "help": text}
             if kind is SWITCH:
                 options["action"] = "store_true"
-            elif isinstance(kind, tuple):
-                options |= {"choices": kind, "nargs": "+" if isinstance(options["default"], list) else None}
-            else:
+            elif isinstance(kind, Kind):
                 options |= {"type": kind.type, "nargs": kind.nargs}
+            else:
+                options |= {"choices": kind, "nargs": "+" if isinstance(options["default"], list) else None}
             group.add_argument(f"--{name.replace('_', '-')}", **options)
     args, problems = parser.parse_args(argv), []
     for name, (kind, *_) in (item for flags in groups.values() for item in flags.items()):
@@ -140,15 +131,7 @@ def parse_flags(
         if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
             problems.append(f"--{name.replace('_', '-')} {kind.rule}")
     usage_error(*problems, *check(args))
-    for name in (
-        "cache",
-        "data_dir",
-        "model",
-        "clip",
-        "matcher",
-        "similarity",
-        "statement_encoder",
-    ):  # later stages may start elsewhere
+    for name in PLACES:  # later stages may start elsewhere
         path = getattr(args, name, None)
         if path and (name == "cache" or os.path.exists(path)):
             setattr(args, name, os.path.abspath(path))
@@ -241,9 +224,8 @@ def read_run(folder: str | Path, *needed: str) -> dict:
 
 
 class Run:
-    """An open run folder and the processes that work on it (`torchrun`, `accelerate launch`); only the main one writes. setup:
-    data, models and matcher, handed from stage to stage in run.json. A folder that holds anything but the same run (`free` flags
-    may differ) is never touched without --overwrite (exit code 2). `finished`: it already ended here."""
+    """An open run folder and the processes that work on it; only the main one writes. setup: what stages hand on in run.json. A
+    folder that holds anything but the same run (`free` flags may differ) is never touched without --overwrite (exit code 2)."""
 
     def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
         self.stage, self.out, tracker = stage, Path(args.out), getattr(args, "tracker", None)
@@ -345,9 +327,9 @@ def share(accelerator: Accelerator, items: list) -> list:
     return items[len(items) * i // n : len(items) * (i + 1) // n]
 
 
-def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable, right: Callable) -> list[dict]:
+def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable) -> list[dict]:
     """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name`, so that the same command
-    goes on after the last whole batch. Processes take batches in turn. The share of True in all `right(line)` is shown."""
+    goes on after the last whole batch. Processes take batches in turn. The share of right answers or sentences is shown."""
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
     run.write(write_jsonl, name, lines)
@@ -357,9 +339,14 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
             new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
             run.write(append_jsonl, name, new)
             lines += new
-            tally.update(outcome for line in new for outcome in right(line))
+            tally.update(line["answer_correct"] for line in new if "answer_correct" in line)
+            tally.update(s["correct"] for line in new if "answer_correct" not in line for s in line["sentences"])
             bar.update(len(new))
             bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
+    whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
+    if whole and processes.is_main_process:  # in a language whose stops are not known, perhaps
+        ids = ", ".join(whole[:3])
+        print(f"{len(whole)} responses of 200 characters or more are one sentence, with one confidence: {ids}, ...")
     return lines
 
 
@@ -420,10 +407,9 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 # -------------------------------------------------------------------------------------------------------------------- data
-# The digits world: two scans of real handwriting (UCI, scikit-learn's load_digits) side by side under noise. Each digit draws
-# its own noise, from clean to hopeless, so that how hard it is can be seen.
+# The digits world: two scans of real handwriting (UCI, scikit-learn's load_digits) side by side, each under its own noise.
 
-WORLD = "world2"  # the folder of what is cached; another name whenever the world changes, so that nothing old is taken for new
+WORLD = "world3"  # the folder of what is cached; another name whenever the world changes, so that nothing old is taken for new
 POOLS = {"base": 700, "train": 500, "validation": 250, "test": 347}  # scans, disjoint; a question only uses its split's pool
 FAMILIES = {
     "sum": "What is the sum of the two digits?",
@@ -431,8 +417,7 @@ FAMILIES = {
     "larger": "Which of the two digits is larger?",
 }
 DIGITS = ("digits", "digits-ood")
-# Standard deviation of a digit's noise: how often it is drawn. At .15 nearly every digit is read, at 2.5 nearly none; with one
-# deviation for all, doubt would be the same everywhere and there would be nothing to tell apart.
+# Standard deviation of a digit's noise: how often it is drawn. At .15 nearly every digit is read, at 2.5 nearly none.
 NOISE = {0.15: 0.72, 0.8: 0.08, 2.5: 0.20}
 
 
@@ -457,9 +442,7 @@ def digit_chain(family: str, left: int, right: int, slip: int = 0) -> dict[str, 
     return {"image": image, "reasoning": [step, f"So, the answer is {answer}."]}
 
 
-def draw_digits(
-    rng: np.random.Generator, pool: str, noise: float | None = None, noise_scale: float = 1.0, damage: bool = False
-) -> tuple[np.ndarray, dict]:
+def draw_digits(rng: np.random.Generator, pool: str, noise=None, noise_scale=1.0, damage=False) -> tuple[np.ndarray, dict]:
     """One question -> (image (16, 16) in [0, 1], record without id). `noise` fixes the deviation, else each digit draws its own."""
     scans, labels = digit_scans(pool)
     family = list(FAMILIES)[rng.integers(len(FAMILIES))]
@@ -561,16 +544,14 @@ PUBLISHED = {
 }
 SPLITS = {"train": "train", "validation": "train", "test": "val", "all": "train"}  # our names -> those of the files
 ORIGINAL = {"train": "train", "validation": "val", "test": "test", "all": "train"}  # in the original ScienceQA
-# What reading a row that is not as it should be can raise.
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)  # what a bad row can raise
 
 
 def load_data(name: str, data_dir=None, split="train", limit=None, require_images=True, allow_bad_records=False, world=None):
     """The first `limit` usable questions -> [{"id", "image" (path), "question", "choices", "answer", "answers", "reference", ...}].
-    Test reads the val file: A-OKVQA's test split has no public answers, and the paper tests on val. Validation is a tenth of the
-    train file, by the questions' ids, which train then goes without ("all" has both). Only the original ScienceQA has all three;
-    CulturalVQA is one file. `name` may join data sets, "aokvqa+scienceqa". Without data_dir the Hugging Face hub is asked. What
-    cannot be read exits with code 2. `world`: how digits are drawn (cache, world_seed, noise_scale), which model will look."""
+    Test reads the val file, as in the paper. Validation is a tenth of the train file, by the questions' ids, which train then goes
+    without ("all" has both). Only the original ScienceQA has all three, CulturalVQA is one file. `name` may join sets with "+".
+    What cannot be read exits with code 2. `world`: how digits are drawn (cache, world_seed, noise_scale), which model will look."""
     if "+" in name:
         options = (data_dir, split, limit, require_images, allow_bad_records, world)
         return [record for one in name.split("+") for record in load_data(one, *options)]
@@ -683,9 +664,8 @@ def unpack(value, kind: type):
 
 
 def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limit=None, roots=("/",), model=None) -> list[dict]:
-    """The first `limit` records without a "flaw", with all `needed` fields and a picture under `roots` that the model's processor
-    takes; none is opened beyond them, or without roots. The others are counted by reason, and more than a fifth of all end the run
-    (exit code 2) unless `allow_bad`."""
+    """The first `limit` records without a "flaw", with all `needed` fields and a picture under `roots` (no other opened) that the
+    model's processor takes. The others are counted by reason; more than a fifth end the run (exit code 2) unless `allow_bad`."""
     good, bad = [], {}
     with loading("model", model):
         processor = AutoProcessor.from_pretrained(model) if model else None
@@ -711,17 +691,7 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
     return good
 
 
-def report_unsplit(lines: list[dict]) -> None:
-    """Name the long responses that came out as one sentence: that of a language whose stops are not known, perhaps."""
-    whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
-    if whole:
-        print(
-            f"{len(whole)} responses of 200 characters or more are one sentence, with one confidence: {', '.join(whole[:3])}, ..."
-        )
-
-
 def reference_chain(record: dict) -> list[str]:
-    """All sentences of a record's reference chain, image level first."""
     return record["reference"]["image"] + record["reference"]["reasoning"]
 
 
@@ -739,7 +709,6 @@ class VLM:
     end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
     train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
     special: re.Pattern = re.compile("(?!)")  # what would become an image token or another special one in a question or response
-    banned: Sequence[int] = ()  # those tokens, less those that end a response: never sampled
 
 
 def make_vlm(model: nn.Module, processor) -> VLM:
@@ -757,9 +726,10 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     special = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\s*")
     banned = [token for token in tokenizer.convert_tokens_to_ids(names) if token not in (None, *ends)]
     model.eval()
-    base.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    tokens = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": banned or None}
+    base.generation_config = GenerationConfig(**tokens)
     head = model.get_output_embeddings()
-    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, False, special, banned)
+    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, False, special)
 
 
 @torch.no_grad()
@@ -817,10 +787,8 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
 def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
-    n, adapter = (
-        int(os.environ.get("WORLD_SIZE", 1)),
-        getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists(),
-    )
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
     problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
     flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
     refused = [flag for flag, given in flags.items() if given and not adapter]
@@ -833,9 +801,8 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
     if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
         usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
-    alpha = args.lora_alpha or 2 * args.lora_rank
-    options = {"lora_alpha": alpha, "target_modules": args.lora_targets, "lora_dropout": args.lora_dropout}
-    return get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
+    options = {"lora_alpha": args.lora_alpha or 2 * args.lora_rank, "lora_dropout": args.lora_dropout}
+    return get_peft_model(model, LoraConfig(r=args.lora_rank, target_modules=args.lora_targets, **options))
 
 
 def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool = False) -> None:
@@ -959,13 +926,8 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     vlm.model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=vlm.end_tokens,
-        pad_token_id=vlm.tokenizer.pad_token_id,
-        suppress_tokens=list(vlm.banned) or None,
-        **sampling,
-    )
+    config = copy.deepcopy(vlm.base.generation_config)  # what ends, pads and is never sampled
+    config.update(max_new_tokens=max_new_tokens, **sampling)
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
     responses = []
     for ids in output.tolist():
@@ -1176,16 +1138,14 @@ class Similarity:
         new = {pair for pair in pairs if pair not in self.scores}
         if new:
             new = sorted(new, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
-            self.scores.update(zip(new, self._score(new), strict=True))
+            if self.cross_encoder:
+                scores = self.cross_encoder.predict(new, batch_size=64, show_progress_bar=False)
+            else:
+                texts = sorted({text for pair in new for text in pair}, key=lambda text: (len(text), text))
+                row, vectors = {text: i for i, text in enumerate(texts)}, self.encoder(texts)
+                scores = (vectors[[row[a] for a, _ in new]] * vectors[[row[b] for _, b in new]]).sum(1)
+            self.scores.update(zip(new, scores.tolist(), strict=True))
         return np.array([self.scores[pair] for pair in pairs], dtype=np.float32)
-
-    def _score(self, pairs: list[tuple[str, str]]) -> list[float]:
-        if self.cross_encoder:
-            return self.cross_encoder.predict(pairs, batch_size=64, show_progress_bar=False).tolist()
-        texts = sorted({text for pair in pairs for text in pair}, key=lambda text: (len(text), text))
-        row, vectors = {text: i for i, text in enumerate(texts)}, self.encoder(texts)
-        left, right = vectors[[row[a] for a, _ in pairs]], vectors[[row[b] for _, b in pairs]]
-        return (left * right).sum(1).tolist()
 
 
 def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
@@ -1225,15 +1185,12 @@ class ClipScorer:
             pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
             self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
         for texts in chunks(sorted(set(sentences) - set(self.sentences)), 256):
-            self.sentences.update(zip(texts, self._encode_sentences(texts), strict=True))
+            parts = [self.windows(text) for text in texts]
+            tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
+            vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
+            means = F.normalize(torch.stack([vector.mean(0) for vector in vectors]), dim=-1)
+            self.sentences.update(zip(texts, means.cpu().numpy(), strict=True))
         return np.array([self.images[image] @ self.sentences[text] for image, text in zip(images, sentences, strict=True)])
-
-    def _encode_sentences(self, texts: list[str]) -> np.ndarray:
-        parts = [self.windows(text) for text in texts]
-        tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
-        vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
-        means = torch.stack([vector.mean(0) for vector in vectors])
-        return F.normalize(means, dim=-1).cpu().numpy()
 
     def windows(self, sentence: str) -> list[str]:
         """The sentence, halved until its parts fit the context."""
@@ -1246,7 +1203,7 @@ class ClipScorer:
 
 
 def uncertainties(
-    records: list[dict], responses: list[Response], steps: list[list[Step]], logprob: Tensor, entropy: Tensor, clip, similarity
+    records, responses, steps: list[list[Step]], logprob: Tensor, entropy: Tensor, clip, similarity
 ) -> list[np.ndarray]:
     """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS; logprob, entropy
     (B, T): of the response tokens, from `response_statistics`."""
@@ -1271,8 +1228,18 @@ def uncertainties(
     return np.split(raw, np.cumsum([len(found) for found in steps])[:-1])
 
 
-def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity) -> tuple[list[Response], list[list[Step]], list]:
-    """Responses whose token ids are `sample(prompts)`, their sentences (none that was cut), and the raw uncertainties of these."""
+def all_sentences(lines: list[dict]) -> list[dict]:
+    return [sentence for line in lines for sentence in line["sentences"]]
+
+
+def part_of(record: dict, i: int) -> str:
+    """The part of the chain of a response's i-th sentence: image for as many as the reference has at the image level."""
+    return "image" if i < len(record["reference"]["image"]) else "reasoning"
+
+
+def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, matcher) -> list[dict]:
+    """The lines of responses.jsonl, without `u` and `level`: responses whose token ids are `sample(prompts)`, their sentences (none
+    that was cut), the raw uncertainties of these, and which are right (None where there is no reference)."""
     with images_encoded_once(vlm), torch.no_grad():
         prompts = collate(vlm, records)
         ids = sample(prompts)
@@ -1282,7 +1249,19 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity) -
     for response, found in zip(responses, steps, strict=True):
         if found and found[-1].end == found[-1].stop and response.ids[-1] not in vlm.end_tokens:
             found.pop()
-    return responses, steps, uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
+    raw = uncertainties(records, responses, steps, logprob.cpu(), entropy.cpu(), clip, similarity)
+    matched = matcher([[step.text for step in found] for found in steps], list(map(reference_chain, records)))
+    lines = []
+    for row, (record, response) in enumerate(zip(records, responses, strict=True)):
+        sentences = []
+        for i, (step, values, matches) in enumerate(zip(steps[row], raw[row], matched[row], strict=True)):
+            sentence = {"text": step.text, "start": step.start, "end": step.end, "part": part_of(record, i)}
+            sentence["n_tokens"] = len(step_tokens(response.offsets, step.start, step.end))
+            sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
+            sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
+        finished = response.ids[-1] in vlm.end_tokens
+        lines.append(record | {"response": response.text, "sentences": sentences, "finished": finished})
+    return lines
 
 
 def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
@@ -1297,8 +1276,7 @@ def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
 
 def fuse(raw: np.ndarray, confidence: dict, starts: Sequence[int] = ()) -> np.ndarray:
     """U_Final (n,) of raw uncertainties (n, 4): the weighted sum of the normalised ones, or the largest (the ablation `w U_Max`).
-    `snowball` makes each sentence at least as uncertain as those before it in its response; `starts`: the rows where further
-    responses begin."""
+    `snowball`: at least that of the sentences before in the response; `starts`: the rows where further responses begin."""
     unit, weights = normalize(raw, confidence), np.array(confidence["weights"])
     u = unit[:, weights > 0].max(-1) if confidence["fuse"] == "max" else unit @ weights  # eq. 7
     return np.concatenate([*map(np.maximum.accumulate, np.split(u, starts))]) if confidence.get("snowball") else u
@@ -1325,6 +1303,7 @@ class Step:
     stop: int  # where the statement ends (where the sentence ends, full stop included, if there is none)
     statement: str | None = None
     level: int | None = None
+    said: int | None = None  # where the statement begins, if not at `end`
 
 
 def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
@@ -1398,7 +1377,6 @@ def split_steps(text: str) -> list[Step]:
 
 # Reverse mapping: below which cosine a text is no statement, and the support vector machine whose kernel on unit vectors is
 # exp(2 GAMMA (cosine - 1)). All three were tuned for all-MiniLM-L6-v2 on paraphrases of the pool that are not those of the tests.
-# The nearest statement alone follows topic words and is wrong on a third of fresh paraphrases.
 FLOOR, GAMMA, C = 0.57, 2.0, 10.0
 OPENING = re.compile(r"^(?:and|but|though|although|yet|with|even if|as|since|so|for) ")
 GAP = re.compile(r",\s+|[.!?…]+[\"')\]”’*_]*\s+")
@@ -1418,12 +1396,12 @@ NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-stat
 class StatementReader:
     """From a response to sentences and levels, the way back from `insert` (sec. 3.1.2, reverse mapping). A statement of the pool
     has its own level. Any other wording is judged by its cosines to all statements, weighted by a support vector machine fitted on
-    the pool; a text whose largest cosine is below FLOOR is none. Beyond the paper, the means of the encoder's word embeddings and
-    of its fourth layer join the sentence embedding (they keep "not", "fully" and "fairly" apart), and every statement also votes
-    without its opening "and", "but", ..."""
+    the pool; where the largest is below FLOOR it is none. Beyond the paper, the means of the encoder's word embeddings and fourth
+    layer join the sentence embedding ("not", "fully", "fairly"), and each statement also votes without its opening "and", "but"."""
 
-    def __init__(self, encoder: str | None = None, device: str = "cpu"):
-        self.encoder = sentence_encoder(encoder, device)
+    def __init__(self, encoder: str | None = None, device: str = "cpu", layout: str = "each"):
+        """layout: as warmup.py --layout wrote them, a statement after each sentence, or behind the last one (`after`, `once`)."""
+        self.encoder, self.layout = sentence_encoder(encoder, device), layout
         self.pool = {plain(text): level for level, texts in load_statements().items() for text in texts}
         self.seen: dict[str, int | None] = {}  # PPO meets the same wordings again and again
 
@@ -1435,6 +1413,14 @@ class StatementReader:
         parsed = []
         for text, sentences in zip(texts, split, strict=True):
             steps: list[Step] = []
+            if self.layout != "each":
+                levels = self.levels([raw for _, raw in sentences])
+                said = [(step, level) for (step, _), level in zip(sentences, levels, strict=True) if level]
+                steps = [step for (step, _), level in zip(sentences, levels, strict=True) if not level]
+                said = said[:1] * len(steps) if self.layout == "once" else said
+                for step, (statement, level) in zip(steps, said, strict=False):
+                    step.statement, step.level, step.said, step.stop = statement.text, level, statement.start, statement.stop
+                sentences = ()
             for step, raw in sentences:
                 gap, level = self._find_clause(raw)
                 follows = bool(steps) and steps[-1].level is None
@@ -1493,6 +1479,25 @@ class StatementReader:
 
 
 # ---------------------------------------------------------------------------------------------------------------- matching
+def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
+    """The share of n responses, sampled at temperature 1, that hold each sentence of a chain (Wang et al. 2023): B chains of
+    sentences -> B arrays (sentences,)."""
+    shares = [np.zeros(len(chain)) for chain in chains]
+    with images_encoded_once(vlm):
+        prompts = collate(vlm, records)
+        for draw in range(n):
+            ids = generate(vlm, prompts, 1.0, max_new_tokens, seed + 1_000_003 * (draw + 1))
+            drawn = [[step.text for step in split_steps(read_response(vlm.tokenizer, tokens).text)] for tokens in ids]
+            for share, matched in zip(shares, matcher(chains, drawn), strict=True):
+                share += matched.any(1) / n
+    return shares
+
+
+def auroc(confidence: Sequence, correct: Sequence) -> float:
+    """Area under the ROC curve: the chance that a right one (N,) has more confidence than a wrong one; NaN without both kinds."""
+    return float(roc_auc_score(correct, confidence)) if len(set(map(bool, correct))) == 2 else math.nan  # eq. 18
+
+
 class Matcher:
     """Tells which generated sentences say the same as which reference sentences, for many responses at once. name: "exact"
     (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3)."""

@@ -1,4 +1,4 @@
-"""Stages 0 and 1: the model's own reasoning chains, and its internal confidence in every sentence (sec. 3.1.1).
+"""Stage 1: the model's own reasoning chains, and its internal confidence in every sentence (sec. 3.1.1).
 
 The base model answers each training question at temperature 0.1 (App. B). Each sentence of the answer gets four uncertainties:
 length-normalised log-probability (eq. 3), mean token entropy (eq. 4), TokenSAR (eq. 5) and CLIPScore (eq. 6). They are min-max
@@ -9,33 +9,19 @@ stages need to measure on the same scale), confidence.png.
 Choices beyond the paper
  1. A sentence is `correct` when it matches a sentence of the reference chain; only the summary and --levels calibrated see it.
  2. Sampling is seeded batch by batch: an interrupted run, or several processes (`accelerate launch estimate.py`), draw the same.
- 3. --annotate (stage 0, App. C and G): an unusable answer goes back once with what is wrong with it, then its question is left
-    out; the same command again asks for what was left out.
 
     python estimate.py                                # the digits world, nothing to download
-    python estimate.py --weights 1 1 1 0              # the ablation w/o U_CLIPScore
-    python estimate.py --fuse max                     # the ablation w U_Max
-    python estimate.py --levels uniform               # uniform intervals (UIC, Table 7)
-    python estimate.py --data aokvqa --annotate gpt-4o --out chains    # reference chains (OPENAI_BASE_URL, OPENAI_API_KEY)
+    python estimate.py --relevel estimate --weights 1 1 1 0 --out no_clip    # w/o U_CLIPScore, on the responses measured above
+    python estimate.py --relevel estimate --levels uniform --out uic         # uniform intervals (UIC, Table 7); --fuse max: w U_Max
     python estimate.py --responses chains.jsonl       # measure given responses (id, image, question, response), no generation
 """
 
 import argparse
-import base64
 import functools
-import importlib.util
-import json
-import mimetypes
-import os
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 import transformers
@@ -43,14 +29,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM
+from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT
 
+LEVELS = ("sigma", "uniform", "calibrated", "consistency", "random")
 FLAGS = {
     "data": {
         "data": (("digits", *PUBLISHED), ["digits"], "data sets, one or more; their training splits are answered"),
@@ -72,16 +58,13 @@ FLAGS = {
         "batch_size": (COUNT, 250, 8, "questions a batch"),
     },
     "confidence": {
-        "weights": (replace(NOT_NEGATIVE, nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
+        "weights": (NOT_NEGATIVE._replace(nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
         "normalize": (("minmax", "rank"), "minmax", "each U by minimum and maximum (eq. 7), or by rank, which no outlier squeezes"),
-        "levels": (("sigma", "uniform", "calibrated"), "sigma", "cuts: mu and sigma, fifths, or by the share of right sentences"),
+        "levels": (LEVELS, "sigma", "mu and sigma, fifths, by the share of right sentences, by self-consistency, or at random"),
+        "samples": (COUNT, 10, "responses that --levels consistency samples a question"),
+        "relevel": (TEXT, None, "take the measured responses of this estimate folder, with other weights, fusion or levels"),
         "snowball": (SWITCH, False, "a sentence is at least as uncertain as those before it"),
-    },
-    "reference chains": {
-        "annotate": (TEXT, None, "only write reference chains, with this model at OPENAI_BASE_URL"),
-        "concurrency": (COUNT, 8, "requests at the same time"),
-        "price": (replace(NOT_NEGATIVE, nargs=2), None, "of a million tokens in and out, to print the cost"),
     },
     "run": {"out": (TEXT, "estimate", "folder to write"), **RUN_FLAGS},
 }
@@ -92,14 +75,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     problems += ["--levels calibrated needs reference chains, which given responses lack"] * (
         args.levels == "calibrated" and bool(args.responses)
     )
-    problems += ["--annotate works in one process"] * bool(args.annotate and os.environ.get("WORLD_SIZE", "1") != "1")
+    problems += ["--relevel takes measured responses, --responses measures others"] * bool(args.relevel and args.responses)
     if args.responses and not Path(args.responses).is_file():
         problems.append(f"no such file: {args.responses}")
-    if args.annotate and not importlib.util.find_spec("openai"):
-        problems.append("--annotate needs the package openai")
-    for name, form in (("OPENAI_BASE_URL", r"https?://[^/\s]\S*"), ("OPENAI_API_KEY", r"[!-~]+")):  # else an error shows the key
-        if args.annotate and not re.fullmatch(form, os.environ.get(name, "")):
-            problems.append(f"--annotate needs {'an http(s) address' if 'URL' in name else 'a key'} in {name}")
     return problems
 
 
@@ -108,14 +86,11 @@ parse_args = functools.partial(common.parse_flags, __doc__, FLAGS, check=find_pr
 # ------------------------------------------------------------------------------------------------------- the digits world
 # A vision-language model and a CLIP model that never leave the machine, trained on the base pool of scans at first use.
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+CHAT_TEMPLATE = """{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>
+{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 # What the base model is taught of its own steps. Share of chains that go on from a false digit: what was said is followed, whatever
 # the image shows. And results from which on it is taught one too many every other time: its own errors, which rewards can mend.
-MISREAD, SHAKY = 0.25, {"sum": 10, "difference": 5}
+MISREAD, SHAKY = 0.25, {"sum": 7, "difference": 3}
 
 
 def build_digits_processor():
@@ -153,6 +128,8 @@ def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab
 
 def build_digits_clip(folder: Path):
     """A tiny open_clip model in a folder from which `open_clip.create_model_and_transforms("local-dir:...")` loads it."""
+    import open_clip  # slow to import
+
     vision = {"image_size": 16, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1}
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [16, 16]}
@@ -181,9 +158,7 @@ def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def train_on_digits(
-    trained: list, loss_of: Callable, steps: int, batch_size: int, lr: float, seed, noise_scale, desc, clear=0
-) -> None:
+def train_on_digits(trained: list, loss_of: Callable, steps: int, size: int, lr: float, seed, noise_scale, desc, clear=0) -> None:
     """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss.
 
     The first `clear` steps draw clear images only: learning under full noise hardly starts."""
@@ -192,7 +167,7 @@ def train_on_digits(
     bar = tqdm(range(steps), desc=desc, leave=False)
     for step in bar:
         noise = 0.2 if step < clear else None
-        questions = [common.draw_digits(rng, "base", noise, noise_scale) for _ in range(batch_size)]
+        questions = [common.draw_digits(rng, "base", noise, noise_scale) for _ in range(size)]
         common.set_learning_rate(optimizer, lr, step, steps, 0.1)
         loss = loss_of(*zip(*questions, strict=True))
         optimizer.zero_grad()
@@ -203,9 +178,8 @@ def train_on_digits(
 
 
 def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[int, int] = (400, 300)) -> None:
-    """First the image tower learns to read the digits (the stand-in for large-scale pretraining), then both towers which caption
-    (image-level sentence; captions say what is there to see) is true of which image. Many captions of a batch are true of many of
-    its images, so that the pairs are judged one by one (the sigmoid loss of SigLIP, Zhai et al. 2023), not by a softmax."""
+    """First the image tower learns to read digits (the stand-in for large-scale pretraining), then both towers which image-level
+    sentence is true of which image. Many are true of many, so pairs are judged one by one (SigLIP's loss, Zhai et al. 2023)."""
     torch.manual_seed(seed)
     model, tokenizer = build_digits_clip(folder)
     head = torch.nn.Linear(64, 20)
@@ -253,7 +227,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     torch.manual_seed(seed)
     processor = build_digits_processor()
     model = build_digits_model(processor)
-    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder.with_name('clip')}")
+    clip = common.ClipScorer(str(folder.with_name("clip"))).model
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)  # transformers 5.0 has a module more
     tower.load_state_dict(to_llava_vision(clip.visual))
     model.model.vision_tower.requires_grad_(False)
@@ -289,44 +263,25 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- internal confidence
-def respond(vlm: VLM, records: list[dict], clip, similarity, matcher, args: argparse.Namespace, seed: int) -> list[dict]:
-    """Answer a batch of questions and measure every sentence: the lines of responses.jsonl, without `u` and `level`."""
-
-    def sample(prompts: common.Batch) -> list[list[int]]:
-        if args.responses:
-            return common.response_ids(vlm, [record["response"] for record in records])
-        return common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
-
-    responses, steps, raw = common.measure(vlm, records, sample, clip, similarity)
-    matched = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records)))
-    lines = []
-    for row, record in enumerate(records):
-        sentences = []
-        for step, values, matches in zip(steps[row], raw[row], matched[row], strict=True):
-            n_tokens = len(common.step_tokens(responses[row].offsets, step.start, step.end))
-            sentence = {"text": step.text, "start": step.start, "end": step.end, "n_tokens": n_tokens}
-            sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
-            sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
-        lines.append(record | {"response": responses[row].text, "sentences": sentences})
-        lines[-1]["finished"] = responses[row].ids[-1] in vlm.end_tokens
-    return lines
-
-
 def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
-    sentences = [sentence for line in lines for sentence in line["sentences"]]
+    sentences = common.all_sentences(lines)
     common.usage_error(*["no response holds a sentence"] * (not sentences))
     raw, correct = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences]), [s["correct"] for s in sentences]
     ids = np.array([str(line["id"]) for line in lines for _ in line["sentences"]])
     starts = np.cumsum([len(line["sentences"]) for line in lines])[:-1]
     broken = ids[~np.isfinite(raw).all(1)]
-    if len(broken):
-        common.usage_error(
-            f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"
-        )
+    problem = f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"
+    common.usage_error(*[problem] * bool(len(broken)))
     confidence = fit_confidence(raw, args.weights, args.fuse, args.levels, args.normalize, args.snowball, starts, correct)
     u = common.fuse(raw, confidence, starts)
-    for sentence, value, level in zip(sentences, u, common.to_level(u, confidence), strict=True):
+    levels = common.to_level(u, confidence)
+    if args.levels == "consistency":
+        u = 1 - np.array([sentence["consistency"] for sentence in sentences])
+        levels = common.to_level(u, {"edges": [0.125, 0.375, 0.625, 0.875]})  # the nearest
+    elif args.levels == "random":
+        levels = np.random.default_rng(args.seed).integers(1, common.N_LEVELS + 1, len(u))
+    for sentence, value, level in zip(sentences, u, levels, strict=True):
         sentence["u"], sentence["level"] = float(value), int(level)
     return confidence
 
@@ -344,10 +299,8 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
     u = common.fuse(raw, confidence, starts)
     mean, std = float(u.mean()), float(u.std())
     sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
-    edges = sigma if cuts == "sigma" else [0.2, 0.4, 0.6, 0.8]
-    if (
-        cuts == "calibrated"
-    ):  # where the share of right sentences, falling with U, crosses the middle between two levels' confidences
+    edges = [0.2, 0.4, 0.6, 0.8] if cuts == "uniform" else sigma
+    if cuts == "calibrated":  # where the share of right sentences, falling with U, crosses the middle between two levels
         grid = np.linspace(0, 1, 10_001)
         share = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(u, correct).predict(grid)
         edges = [float(grid[share >= middle].max(initial=-1)) for middle in (0.875, 0.625, 0.375, 0.125)]
@@ -356,29 +309,20 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
 
 def summarize(lines: list[dict]) -> None:
     """Print how well each uncertainty tells wrong sentences from right ones, and what the levels hold."""
-    parts, sentences = [], [sentence for line in lines for sentence in line["sentences"]]
-    for line in lines:
-        parts += ["image" if i < len(line["reference"]["image"]) else "reasoning" for i in range(len(line["sentences"]))]
-    wrong, part = np.array([not sentence["correct"] for sentence in sentences]), np.array(parts)
-    known = all(sentence["correct"] is not None for sentence in sentences)
-    print(
-        f"\n{len(lines)} questions, {len(sentences)} sentences"
-        + f", {1 - wrong.mean():.3f} of them match a reference chain" * known
-    )
-    common.report_unsplit(lines)
+    sentences = common.all_sentences(lines)
+    wrong, part = (np.array([sentence[name] for sentence in sentences]) for name in ("correct", "part"))
+    known, wrong = all(right is not None for right in wrong), ~wrong.astype(bool)
+    matching = f", {1 - wrong.mean():.3f} of them match a reference chain" * known
+    print(f"\n{len(lines)} questions, {len(sentences)} sentences{matching}")
     for name in ESTIMATORS:
         values = [sentence[name] for sentence in sentences]
         if max(values) > 100 * np.quantile(values, 0.99):
-            print(
-                f"  {name}: the largest value is more than 100 x the 99th percentile and squeezes all others; see --normalize rank"
-            )
+            print(f"  {name}: the largest is over 100 x the 99th percentile and squeezes all others; see --normalize rank")
     print("AUROC (wrong against right)      all   image  reasoning" * known)
     for name in (*ESTIMATORS, "u") if known else ():
-        values, cells = np.array([sentence[name] for sentence in sentences]), []
-        for rows in (part != "", part == "image", part == "reasoning"):
-            mixed = 0 < wrong[rows].sum() < rows.sum()
-            cells.append(f"{roc_auc_score(wrong[rows], values[rows]):.3f}" if mixed else "  -  ")
-        print(f"  {'U_Final' if name == 'u' else name:28s} {'   '.join(cells)}")
+        values = np.array([sentence[name] for sentence in sentences])
+        cells = [common.auroc(values[rows], wrong[rows]) for rows in (part != "", part == "image", part == "reasoning")]
+        print(f"  {'U_Final' if name == 'u' else name:28s} {'   '.join(f'{cell:5.3f}' for cell in cells)}")
     levels = np.array([sentence["level"] for sentence in sentences])
     for level in range(common.N_LEVELS, 0, -1):
         right = f", {1 - wrong[levels == level].mean():.2f} correct" if known and level in levels else ""
@@ -387,194 +331,71 @@ def summarize(lines: list[dict]) -> None:
 
 def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
     """U_Final of right and wrong sentences with its cuts."""
-    sentences = [sentence for line in lines for sentence in line["sentences"]]
+    sentences = common.all_sentences(lines)
     right, wrong = ([sentence["u"] for sentence in sentences if bool(sentence["correct"]) is ok] for ok in (True, False))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     axis.hist([right, wrong], bins=50, stacked=True, color=["#4477aa", "#ee6677"], label=["right", "wrong"])
     for edge in confidence["edges"]:
         axis.axvline(edge, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="$U_{Final}$ (0 = certain); dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences")
-    axis.set(yscale="log", xlim=(0, 1))
+    axis.set(xlabel="$U_{Final}$; dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences", yscale="log", xlim=(0, 1))
     axis.legend()
     common.save_figure(path, figure)
 
 
-# ------------------------------------------------------------------------------------------------------- reference chains
-
-ANNOTATION_PROMPT = """You get an image, a question about it and the correct answer. {task}
-Reply with one JSON object and nothing else, as in this example:
-Image: (a bicycle with a flat rear tyre leans on a railing, a hand pump lies beside it)\nQuestion: What must the rider do first?
-Answer: inflate tyre\n{draft}Reply: {{"image": ["The rear tyre of the bicycle is flat.", "A hand pump lies beside it."], \
-"reasoning": ["Riding needs tyres full of air.", "A hand pump inflates tyres.", "So, the answer is inflate tyre."]}}
-Now the image above.\nQuestion: {question}\nAnswer: {answer}\n{more}"""
-ANNOTATE = {
-    "draft": "",
-    "task": """Write the chain of reasoning from the image to the answer in two parts: "image", the visual \
-elements that matter most to question and answer; "reasoning", what follows from them until it is clear why the answer is correct, \
-ending with "So, the answer is ...". Each sentence is short, holds one piece of knowledge and builds on those before. Say all \
-that is needed, and nothing that is repeated or beside the point.""",
-}
-REFINE = {
-    "draft": """Chain: {"image": ["The rear tyre of the bicycle, a black one, is flat.", "The railing is green.", "A hand \
-pump lies beside it."], "reasoning": ["Riding needs tyres full of air.", "A hand pump, quite cheap, inflates tyres.", "So, the \
-answer is inflate tyre."]}\n""",
-    "task": """Improve the chain of reasoning that follows the answer: correct what is wrong, drop \
-each sentence that the answer does not need, cut the others to the essential; "So, the answer is ..." stays last.""",
-}
-REPAIR = 'This cannot be used: {}. Reply with the whole JSON object {{"image": [...], "reasoning": [...]}} again and nothing else.'
-RETRIES, TIMEOUT, STOP_AFTER = 8, 120.0, 8  # the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
-REFUSAL = re.compile(r"\W*((I'm|I am) )?(very |so )?sorry\b|\W*(I|we) (can't|cannot|won't|(am|are) (un|not )able)", re.I)
-
-
-def parse_chain(text: str, answer: str) -> dict[str, list[str]]:
-    """The chain in a model's answer, each sentence with its stop; raises ValueError(reason that is counted, details)."""
-    try:
-        value = json.loads(re.sub(r"^\s*```(?:json)?\s*(\{.*\})\s*```\s*$", r"\1", text, flags=re.DOTALL))
-    except (ValueError, RecursionError) as error:
-        raise ValueError("no valid JSON", str(error)) from None
-    if not isinstance(value, dict) or set(value) != {"image", "reasoning"}:
-        raise ValueError("not an object with the fields image and reasoning")
-    for part, found in value.items():
-        if not isinstance(found, list) or not found or not all(isinstance(s, str) and re.search(r"\w", s) for s in found):
-            raise ValueError(f"{part} is not a list of sentences")
-        value[part] = common.tidy(found)
-    named = common.plain(answer)
-    if not any(f" {named} " in f" {common.plain(s)} " if named else answer in s for s in value["reasoning"]):
-        raise ValueError("no reasoning sentence names the answer", repr(answer))
-    return value
-
-
-class Annotator:
-    """Asks a model at OPENAI_BASE_URL for chains; `tally` counts requests, tokens and what was left out, by reason."""
-
-    def __init__(self, args: argparse.Namespace):
-        import openai
-
-        self.openai, self.args, self.tally, self.failures = openai, args, Counter(), 0
-        http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: self.tally.update(["requests"])]})  # retries too
-        self.client = openai.OpenAI(max_retries=RETRIES, timeout=TIMEOUT, http_client=http)
-
-    def annotate(self, records: list[dict], path: Path) -> None:
-        """Append each record's row to `path` as soon as both passes are done, args.concurrency records at a time."""
-        pool = ThreadPoolExecutor(self.args.concurrency)
-        rows = {pool.submit(self.find_row, record): record["id"] for record in records}
-        try:
-            for row in tqdm(as_completed(rows), desc="annotate", total=len(rows)):
-                try:
-                    common.append_jsonl(path, [row.result()])
-                except ValueError as error:
-                    self.tally[f"left out: {error.args[0]}"] += 1
-                    tqdm.write(f"{rows[row]} left out: {error.args[0]}")
-        finally:
-            self.failures = STOP_AFTER  # what is still at work asks no more
-            pool.shutdown(cancel_futures=True)
-
-    def find_row(self, record: dict) -> dict:
-        """Both passes of a record -> its row in the published layout."""
-        image, answer, given, passes = Path(record["image"]), record["answer"], record["reference"], []
-        uri = f"data:{mimetypes.guess_type(image)[0] or 'image/png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
-        more = "".join(f"Rationale: {text}\n" for text in given["reasoning"] if not given["image"])  # else it has a chain already
-        for task in (ANNOTATE, REFINE):
-            text = {"type": "text", "text": ANNOTATION_PROMPT.format_map(record | task | {"more": more})}
-            chain = self.ask_chain([{"type": "image_url", "image_url": {"url": uri}}, text], answer)
-            passes.append({"Image_level": chain["image"], "Reasoning_level": chain["reasoning"]})
-            more = f"Chain: {json.dumps(chain, ensure_ascii=False)}"
-        row = {"split": "train", "image_id": int(image.stem) if image.stem.isdecimal() else image.stem, "question_id": record["id"]}
-        row |= {name: record[name] for name in ("image", "question", "choices")}
-        row["direct_answers"] = record.get("answers") or [answer]
-        row["correct_choice_idx"] = record["choices"].index(answer) if answer in (record["choices"] or []) else None
-        return row | {"keys": passes[0], "keys_filtered": passes[1]}
-
-    def ask_chain(self, content: list[dict], answer: str) -> dict[str, list[str]]:
-        """A chain; one that cannot be used goes back once with what is wrong with it."""
-        messages = [{"role": "user", "content": content}]
-        reply = self.ask(messages)
-        try:
-            return parse_chain(reply, answer)
-        except ValueError as error:
-            problem = {"role": "user", "content": REPAIR.format(": ".join(error.args))}
-        return parse_chain(self.ask([*messages, {"role": "assistant", "content": reply}, problem]), answer)
-
-    def ask(self, messages: list[dict]) -> str:
-        """A model's answer; ValueError where it refuses or fails, RuntimeError where it fails again and again."""
-        if self.failures >= STOP_AFTER:
-            raise ValueError("not asked")
-        try:
-            completion = self.client.chat.completions.create(model=self.args.annotate, messages=messages)
-            choice, usage = completion.choices[0], completion.usage
-            text, refused = str(choice.message.content), choice.message.refusal or choice.finish_reason == "content_filter"
-        except (self.openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:  # the last: another protocol
-            self.failures += 1
-            hopeless = isinstance(error, (self.openai.AuthenticationError, self.openai.NotFoundError))
-            if hopeless or self.failures >= STOP_AFTER:
-                self.failures = STOP_AFTER
-                raise RuntimeError(" ".join(f"gave up: {error}".replace(self.client.api_key, "...").split())[:300]) from None
-            raise ValueError("refusal" if getattr(error, "code", 0) == "content_filter" else type(error).__name__) from None
-        self.failures = 0
-        self.tally.update({name: getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")})
-        if refused or ("{" not in text and REFUSAL.match(text.replace("\u2019", "'"))):
-            raise ValueError("refusal")
-        return text
-
-
-def annotate(records: list[dict], args: argparse.Namespace) -> None:
-    """Write train_mmb.json (published layout), annotations.jsonl (a row a finished record: a rerun does the others), log.jsonl."""
-    records = common.usable(records, ("image", "question", "answer"), args.allow_bad_records)
-    records = list({record["id"]: record for record in records}.values())
-    run = common.Run("annotate", args, {"data": args.data}, free=("concurrency", "price", "limit"))  # never finished: more may come
-    path, annotator = run.out / "annotations.jsonl", Annotator(args)
-    rows = {row["question_id"]: row for row in common.read_jsonl(path)}
-    common.write_jsonl(path, list(rows.values()))  # without a last line cut short
-    try:
-        annotator.annotate([record for record in records if record["id"] not in rows], path)
-    except RuntimeError as error:  # the endpoint fails again and again
-        common.usage_error(str(error))
-    finally:
-        rows, tally = {row["question_id"]: row for row in common.read_jsonl(path)}, annotator.tally
-        done = [rows[record["id"]] for record in records if record["id"] in rows]
-        common.write_json(run.out / "train_mmb.json", done)
-        if args.price:
-            tally["cost"] = round(tally["prompt_tokens"] * args.price[0] + tally["completion_tokens"] * args.price[1]) / 1e6
-        common.append_jsonl(run.out / "log.jsonl", [tally])
-        print(f"{len(done)} of {len(records)} chains written; this run: {', '.join(f'{k} {v:,}' for k, v in tally.items())}")
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """The setup, which is handed from stage to stage, and the questions to answer, or the lines to give other levels."""
+    if args.relevel:
+        setup = common.read_run(args.relevel, "responses.jsonl")["setup"]
+        common.fill_defaults(args, FLAGS, setup["data"])
+        return setup, common.read_jsonl(Path(args.relevel, "responses.jsonl"))
     args.data = "+".join(args.data)
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
     handed_on = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
     setup = {name: getattr(args, name) for name in handed_on} | {"world_seed": args.seed}
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
-    if args.responses:
-        given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
-        roots = (Path(args.responses).parent, args.data_dir or args.cache)
-        records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
-        blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
-        records = [{"id": i} | blank | record for i, record in enumerate(records)]
-    else:
-        split = "all" if args.annotate and args.data not in common.DIGITS else "train"
-        records = common.load_data(args.data, args.data_dir, split, args.limit, True, args.allow_bad_records, setup)
-    if args.annotate:
-        return annotate(records, args)
+    if not args.responses:
+        return setup, common.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
+    given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
+    roots = (Path(args.responses).parent, args.data_dir or args.cache)
+    records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
+    blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
+    return setup, [{"id": i} | blank | record for i, record in enumerate(records)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    setup, records = read_questions(args)
     run = common.Run("estimate", args, setup)
     if run.finished:
         return
     if run.accelerator.is_main_process:
         build_digits_world(args, [setup["model"], setup["clip"]])
     run.accelerator.wait_for_everyone()
-    similarity = common.Similarity(args.similarity, run.device)
-    matcher, clip = common.Matcher(args.matcher, device=run.device), common.ClipScorer(setup["clip"], run.device)
-    vlm = common.load_model(setup["model"], args, run.device)
+    matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
+    new = not args.relevel
+    clip = common.ClipScorer(setup["clip"], run.device) if new else None
+    vlm = common.load_model(setup["model"], args, run.device) if new or args.levels == "consistency" else None
 
     def answer(batch: list[dict], start: int) -> list[dict]:
-        return respond(vlm, batch, clip, similarity, matcher, args, args.seed * 1_000_000 + start)
+        seed = args.seed * 1_000_000 + start
 
-    right = lambda line: [sentence["correct"] for sentence in line["sentences"]]  # noqa: E731
-    lines = common.answer_in_batches(run, records, args.batch_size, "partial.jsonl", answer, right)
+        def sample(prompts: common.Batch) -> list[list[int]]:
+            if args.responses:
+                return common.response_ids(vlm, [record["response"] for record in batch])
+            return common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
+
+        lines = common.measure(vlm, batch, sample, clip, similarity, matcher) if new else batch
+        if args.levels == "consistency":
+            chains = [[sentence["text"] for sentence in line["sentences"]] for line in lines]
+            shares = common.self_consistency(vlm, batch, chains, matcher, args.samples, args.max_new_tokens, seed)
+            for sentence, share in zip(common.all_sentences(lines), np.concatenate(shares), strict=True):
+                sentence["consistency"] = float(share)
+        return lines
+
+    lines = common.answer_in_batches(run, records, args.batch_size, "partial.jsonl", answer)
     if run.accelerator.is_main_process:
         confidence = assign_levels(lines, args)
         common.write_json(run.out / "confidence.json", confidence)

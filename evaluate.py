@@ -3,15 +3,11 @@
 The model answers greedily; its sentences and statements are parsed, and matched with the reference chain. A sentence without a
 statement counts for precision, F1 and coverage, and is left out of every calibration metric.
 
-Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser).
-
-Choices beyond the paper
- 1. MECE is not a proper score: E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
-    Brier, a proper score, and its skill 1 - Brier/(p(1 - p)) stand beside it.
- 2. The first sentences, as many as the reference has at the image level, count as the image level, the rest as reasoning.
+Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (open it in any browser). Choices beyond the paper:
+MECE is not a proper score, E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
+Brier, a proper score, and its skill stand beside it.
 
     python evaluate.py --ckpt ppo/
-    python evaluate.py --ckpt warmup/ --out results_warmup
     python evaluate.py --ckpt ppo/ --data digits-ood --out results_ood
 """
 
@@ -19,6 +15,7 @@ import argparse
 import base64
 import functools
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -27,10 +24,10 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss
 
 import common
-from common import COUNT, DIGITS, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, bare, conf
+from common import COUNT, DIGITS, ESTIMATORS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
 
 LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
@@ -43,6 +40,7 @@ FLAGS = {
         "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
         "split": (("test", "validation"), "test", "tune on validation, report on test"),
         "limit": (COUNT, 600, None, "number of questions"),
+        "consistency": (NATURAL, 0, "levels by agreement among so many sampled responses, not by statements (the baseline SC)"),
         "bars": (SWITCH, False, "measure the base model's internal confidence on the same questions, too"),
         "noise_scale": (POSITIVE, None, "digits: multiplies the noise of every image (default: the run's)"),
         "cache": (TEXT, None, "where the digits world keeps its images (default: the run's)"),
@@ -95,19 +93,13 @@ def mece(predictions: list[dict]) -> float:
 
 
 def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
-    """(lowest MECE, its level) if every sentence with a statement said one and the same level: the bar MECE must clear. With a the
-    mean over responses of the share of right sentences, always saying c gives a(1 - c) + (1 - a)c, linear in c: the best constant
-    is level 1 or 5, and MECE itself rewards extremes."""
+    """(lowest MECE, its level) if all sentences said the same level: the bar MECE must clear. With a the mean over responses of the
+    share of right ones, always saying c gives a(1 - c) + (1 - a)c, linear in c: the best constant is level 1 or 5."""
     shares = [mean(correct) for _, correct in (stated([p]) for p in predictions) if len(correct)]
     if not shares:
         return math.nan, None
     right = mean(shares)
     return min((right * (1 - conf(level)) + (1 - right) * conf(level), level) for level in LEVELS)
-
-
-def auroc(confidence, correct) -> float:
-    """Area under the ROC curve: the chance that a right one has more confidence than a wrong one, ties count half."""
-    return float(roc_auc_score(correct, confidence)) if len(set(np.asarray(correct).tolist())) == 2 else math.nan  # eq. 18
 
 
 def brier(confidence, correct) -> float:
@@ -171,8 +163,8 @@ def fmt(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def format_table(rows: dict[str, dict]) -> str:
-    """{run name: metrics} -> a markdown table, padded so that it also reads well in a terminal."""
+def table_columns(rows: dict[str, dict]) -> dict[str, list[str]]:
+    """{run name: metrics} -> {title: a cell a run}, the figures to read first."""
     columns = {"run": [name.replace("|", "\\|") for name in rows]}
     for title, name in (("ECE↓", "ece"), ("MECE↓", "mece"), ("Brier skill↑", "brier_skill"), ("AUROC↑", "auroc")):
         columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
@@ -184,6 +176,12 @@ def format_table(rows: dict[str, dict]) -> str:
         columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
     counts = [[metrics["level_histogram"][str(level)] for level in LEVELS] for metrics in rows.values()]
     columns["levels 1-5, %"] = [" ".join(f"{100 * n / max(sum(row), 1):.0f}" for n in row) for row in counts]
+    return columns
+
+
+def format_table(rows: dict[str, dict]) -> str:
+    """{run name: metrics} -> a markdown table, padded so that it also reads well in a terminal."""
+    columns = table_columns(rows)
     widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
     lines = [list(columns), ["-" * widths[title] for title in columns], *zip(*columns.values(), strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths.values(), strict=True)] for line in lines]
@@ -228,7 +226,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
 {%- endmacro %}
 {% macro card(p, picture, judged) %}
-<article class="card" data-tags="{{ tags(p) | join(' ') }}"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+<article class="card {{ tags(p) | join(' ') }}"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
 <div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
 {% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
@@ -248,33 +246,26 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <title>{{ title }}</title><style>
 body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
-dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% }
-.card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1rem 0; padding: .6rem;
-  border: 1px solid #d9dee5; border-radius: 8px }
-.card[hidden] { display: none } [aria-pressed=true] { background: #123; color: #fff } .card header { grid-column: 1 / -1 }
+dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% } .card { display: grid; gap: .6rem 1.4rem;
+  grid-template-columns: 200px 1.5fr 1fr; margin: 1rem 0; padding: .6rem; border: 1px solid #d9dee5; border-radius: 8px }
+{% for tag, _, _ in filters %}body:has([value={{ tag }}]:checked) .card:not(.{{ tag }}) { display: none }
+{% endfor %}.card header { grid-column: 1 / -1 }
 .card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
-.l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 }
-.l4 { background: #adc6ee } .l5 { background: #8fb1e7 }
-@media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
+.l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 } .l4 { background: #adc6ee }
+.l5 { background: #8fb1e7 } @media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
 </style></head><body><h1>{{ title }}</h1>
-<dl>{% for name, value, of in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}<br><small>{{ of }}</small></dd></div>
-{% endfor %}</dl>
-{% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level" src="{{ plot }}">{% endif %}
-<nav aria-label="Filters">{% for tag, label, n in buttons %}
-<button type="button" data-tag="{{ tag }}" aria-pressed="{{ 'true' if loop.first else 'false' }}">{{ label }} ({{ n }})</button>
+<dl>{% for name, value in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level"
+src="data:image/png;base64,{{ plot }}">{% endif %}
+<nav aria-label="Filters">{% for tag, label, n in filters %}
+<label><input type="radio" name="show" value="{{ tag }}"{{ " checked" if loop.first }}>{{ label }} ({{ n }})</label>
 {% endfor %}</nav>
 <p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
 <b class="yes">✓</b> matches the reference <b class="no">✗</b> does not. {% if cards | length < total %}Only the first
 {{ cards | length }} of {{ total }} questions are shown; the figures above are over all of them.{% endif %}</p>
 <main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main>
-<script>
-const buttons = [...document.querySelectorAll("nav button")], cards = [...document.querySelectorAll(".card")];
-buttons.forEach(button => button.addEventListener("click", () => {
-  buttons.forEach(b => b.setAttribute("aria-pressed", b === button));
-  cards.forEach(card => card.hidden = !card.dataset.tags.split(" ").includes(button.dataset.tag));
-}));
-</script></body></html>
+</body></html>
 """)
 
 
@@ -287,10 +278,6 @@ FILTERS = {  # tag: (label, test of a question)
 }
 
 
-def data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def thumbnail(path: str) -> dict | None:
     """A picture to put into a page: tiny ones as they are, with hard pixels; others small. None where it cannot be opened."""
     try:
@@ -301,28 +288,18 @@ def thumbnail(path: str) -> dict | None:
     image.thumbnail((320, 320))
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)
-    return {"kind": css, "uri": data_uri(buffer.getvalue(), kind)}
+    return {"kind": css, "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def write_report(predictions: list[dict], metrics: dict, path: Path, title: str, limit: int = 200) -> None:
     """One HTML file that needs no network and no other file: the figures, then a card for each of `limit` questions."""
     shown, plot = predictions[:limit], Path(path).with_name("reliability.png")
-    figures = [
-        ("ECE ↓", fmt(metrics["ece"]), "answers"),
-        ("MECE ↓", fmt(metrics["mece"]), f"always {metrics['mece_constant_level']}: {fmt(metrics['mece_constant'])}"),
-        ("Brier skill ↑", fmt(metrics["brier_skill"]), "sentences"),
-        ("AUROC ↑", fmt(metrics["auroc"]), "answers"),
-        ("AUROC ↑", fmt(metrics["auroc_sentence"]), "sentences"),
-        ("Accuracy ↑", fmt(metrics["accuracy"]), f"{metrics['n_questions']} answers"),
-        ("Chain F1 ↑", fmt(metrics["f1"]), f"{metrics['n_sentences']} sentences"),
-        ("Coverage", fmt(metrics["coverage"]), "of sentences"),
-    ]
-    figure, cards = data_uri(plot.read_bytes(), "png") if plot.exists() else None, [(p, thumbnail(p["image"])) for p in shown]
+    figures = [(name, cells[0]) for name, cells in table_columns({"": metrics}).items()][1:]
+    figure, cards = plot.exists() and base64.b64encode(plot.read_bytes()).decode(), [(p, thumbnail(p["image"])) for p in shown]
     about = {"title": title, "figures": figures, "plot": figure, "levels": LEVELS, "total": len(predictions)}
     tags = lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)]  # noqa: E731
-    buttons = [(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()]
-    page = PAGE.render(about, cards=cards, tags=tags, buttons=buttons)
-    common.write_text(path, page)
+    filters = [(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()]
+    common.write_text(path, PAGE.render(about, cards=cards, tags=tags, filters=filters))
 
 
 # ------------------------------------------------------------------------------------------------------------- predictions
@@ -336,9 +313,8 @@ def is_right(prediction: str | None, record: dict, last_matches: bool) -> bool:
     if record.get("answer_is_clause"):
         phrase = bare(prediction or "")
         return last_matches or bool(phrase) and f" {phrase} " in f" {bare(record['answer'])} "
-    return any(
-        same_answer(prediction, answer) for answer in [record["answer"], *([] if record["choices"] else record.get("answers", []))]
-    )
+    alternatives = [] if record["choices"] else record.get("answers", [])
+    return any(same_answer(prediction, answer) for answer in [record["answer"], *alternatives])
 
 
 def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
@@ -346,19 +322,23 @@ def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
     return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
 
 
-def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int, seed: int) -> list[dict]:
-    """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl."""
+def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int, seed: int, consistency: int = 0) -> list[dict]:
+    """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl. With `consistency` the level of a
+    sentence is not what is said, but how many of so many sampled responses hold it (the baseline SC)."""
     ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
     texts = [common.read_response(vlm.tokenizer, tokens).text for tokens in ids]
     parsed = reader.parse(texts)
-    matches = matcher([[step.text for step in steps] for steps in parsed], list(map(common.reference_chain, records)))
-    predictions = []
+    chains, predictions = [[step.text for step in steps] for steps in parsed], []
+    matches = matcher(chains, list(map(common.reference_chain, records)))
+    if consistency:
+        shares = common.self_consistency(vlm, records, chains, matcher, consistency, max_new_tokens, seed)
+        for step, share in zip(itertools.chain(*parsed), np.concatenate(shares), strict=True):
+            step.level = int(4 * share + 1.5)  # the nearest
     for record, text, steps, matched in zip(records, texts, parsed, matches, strict=True):
         n_image, sentences = len(record["reference"]["image"]), []
         for i, step in enumerate(steps):
-            part = "image" if i < n_image else "reasoning"
             sentence = {"text": step.text, "statement": step.statement, "level": step.level}
-            sentences.append(sentence | {"correct": bool(matched[i].any()), "part": part})
+            sentences.append(sentence | {"correct": bool(matched[i].any()), "part": common.part_of(record, i)})
         covered = matched.any(0).tolist()
         answer = common.extract_answer([step.text for step in steps], record["choices"])
         prediction = record | {"response": text, "prediction": answer, "sentences": sentences}
@@ -368,25 +348,12 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
 
 
 # ------------------------------------------------------------------------------------------------- the bars beside a model
-def measure_base(vlm: VLM, matcher, clip, similarity, records: list[dict], max_new_tokens: int) -> list[dict]:
-    """Greedy responses of the untrained base model, the raw uncertainties of their sentences, and which are right: base.jsonl."""
-    sample = lambda prompts: common.generate(vlm, prompts, 0.0, max_new_tokens, 0)  # noqa: E731
-    _, steps, raw = common.measure(vlm, records, sample, clip, similarity)
-    matches, lines = matcher([[step.text for step in found] for found in steps], list(map(common.reference_chain, records))), []
-    for record, found, values, matched in zip(records, steps, raw, matches, strict=True):
-        parts = ["image" if i < len(record["reference"]["image"]) else "reasoning" for i in range(len(found))]
-        rows = zip(found, values.tolist(), matched.any(1).tolist(), parts, strict=True)
-        sentences = [{"text": step.text, "raw": four, "correct": right, "part": part} for step, four, right, part in rows]
-        lines.append({"id": record["id"], "sentences": sentences, "covered": {}})
-    return lines
-
-
 def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
     """What the base model's internal confidence is worth on the sentences that it wrote itself: the bars that training must clear.
     LNLP and U_Final as they are (AUROC); in five levels, the levels of U_Final and a logistic regression on the four."""
-    sentences = [sentence for line in lines for sentence in line["sentences"]]
-    raw, correct = np.array([s["raw"] for s in sentences]), np.array([s["correct"] for s in sentences])
-    part = np.array([s["part"] for s in sentences])
+    sentences = common.all_sentences(lines)
+    raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
+    correct, part = (np.array([sentence[name] for sentence in sentences]) for name in ("correct", "part"))
     u = common.fuse(raw, confidence, np.cumsum([len(line["sentences"]) for line in lines])[:-1])
     rows, levels = {"base, LNLP": -raw[:, 0], "base, U_Final": -u}, {"base, levels of U_Final": common.to_level(u, confidence)}
     if "logistic" in confidence:
@@ -416,8 +383,8 @@ def read_setup(args: argparse.Namespace) -> dict:
         setup |= {"noise_scale": 1.0, "world_seed": args.seed}
     else:
         common.usage_error(f"{args.ckpt} holds neither a model nor a run of warmup.py or ppo.py")
-    given = {name: getattr(args, name) for name in ("data", "data_dir", "noise_scale", "cache")}
-    setup |= {name: value for name, value in given.items() if value is not None}
+    given = ("data", "data_dir", "noise_scale", "cache")
+    setup |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     return setup | {"matcher": setup["matcher"] or ("exact" if setup["data"].startswith("digits") else common.CROSS_ENCODER)}
 
 
@@ -428,25 +395,23 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("evaluate", args, setup)
     if run.finished:
         return
-    world = setup | {"model": args.ckpt}
-    records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, world)
+    options = (args.split, args.limit, True, args.allow_bad_records, setup | {"model": args.ckpt})
+    records = common.load_data(setup["data"], setup["data_dir"], *options)
     matcher, vlm = common.Matcher(setup["matcher"], device=run.device), common.load_model(args.ckpt, args, run.device)
-    reader = common.StatementReader(setup["statement_encoder"], run.device)
+    reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
 
     def answer(batch: list[dict], start: int) -> list[dict]:
-        return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed)
+        return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed, args.consistency)
 
-    right = lambda prediction: [prediction["answer_correct"]]  # noqa: E731
-    predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer, right)
+    predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
     bars = None
     if args.bars and Path(args.ckpt, "confidence.json").exists():
         base = common.load_model(setup["model"], args, run.device)
         clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
-        of_base = lambda batch, _: measure_base(base, matcher, clip, similarity, batch, args.max_new_tokens)  # noqa: E731
-        all_right = lambda line: [sentence["correct"] for sentence in line["sentences"]]  # noqa: E731
-        bars = common.answer_in_batches(run, records, args.batch_size, "base.jsonl", of_base, all_right)
+        greedy = lambda prompts: common.generate(base, prompts, 0.0, args.max_new_tokens, 0)  # noqa: E731
+        of_base = lambda batch, _: common.measure(base, batch, greedy, clip, similarity, matcher)  # noqa: E731
+        bars = common.answer_in_batches(run, records, args.batch_size, "base.jsonl", of_base)
     if run.accelerator.is_main_process:
-        common.report_unsplit(predictions)
         metrics = compute_metrics(predictions)
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
@@ -455,8 +420,8 @@ def main(argv: list[str] | None = None) -> None:
             metrics["internal"] = internal_rows(bars, common.read_json(Path(args.ckpt, "confidence.json")))
             print(f"\n{'the bars, of what the base model wrote':40s} AUROC  image  reasoning  Brier skill  MECE")
             for name, row in metrics["internal"].items():
-                row = {"auroc": row} if name == "base rate" else row
-                print(f"{name:40s}" + "  ".join(fmt(row.get(key)) for key in ("auroc", *PARTS, "brier_skill", "mece")))
+                cells = row if isinstance(row, dict) else {"auroc": row}
+                print(f"{name:40s}" + "  ".join(fmt(cells.get(key)) for key in ("auroc", *PARTS, "brier_skill", "mece")))
             metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         common.write_json(run.out / "metrics.json", metrics)
     run.finish()

@@ -11,21 +11,17 @@ update), training.png, trainer_state.pt (the same command continues an interrupt
 
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
- 2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms where what they judge ends:
-    R_KA's at the last token of z_t, R_EC's and R_CS's at that of c_t, each divided by the number of sentences of the reference
-    chain, or by t where that is more: a sentence beyond those dilutes the ones before it, at its own token and not at theirs.
-    What is then left of R (responses that are too short) comes at the last token. The sum is the same R.
+ 2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms where what they judge ends;
+    `place_at_sentences` says how. Their sum is the same R.
  3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred; those of statements by their own, which is several times
-    smaller: the critic knows what a statement is about, and a level moves the reward by less than a right answer. No dropout
-    anywhere; policy, old policy and reference come from the same forward pass, responses are sampled at temperature 1.
+    smaller. No dropout anywhere; policy, old policy and reference come from the same forward pass, sampled at temperature 1.
  5. The value head is a two-layer network on the last hidden state, whose gradient stops there. It is also told I(z) and IV(z) of
-    the sentences that ended before (an asymmetric critic, Pinto et al. 2018), which takes out most of the gradient's noise: they
-    are settled when a statement begins. It is fitted on the rollout, some passes an update, without clipping (which slows it
-    down: Andrychowicz et al. 2021), and alone in the first updates, on undiscounted sums of rewards.
- 6. The reference is a second, frozen copy of the adapter on the same base weights, or a frozen copy for full fine-tuning, which
-    shares the image tower.
+    the sentences that ended before (an asymmetric critic, Pinto et al. 2018), which are settled when a statement begins. It is
+    fitted on the rollout, some passes an update, without clipping (which slows it down: Andrychowicz et al. 2021), and alone in
+    the first updates, on undiscounted sums of rewards.
+ 6. The reference is a frozen copy: of the adapter on the same base weights, or of the whole model but its image tower.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
 
     python ppo.py --ckpt warmup/
@@ -46,7 +42,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -61,6 +56,7 @@ FLAGS = {
         "alpha": (NOT_NEGATIVE, 1.0, "weight of R_KA; 0 is the ablation w/o R_KA"),
         "beta": (NOT_NEGATIVE, 1.0, "weight of R_EC; 0 is the ablation w/o R_EC"),
         "gamma": (NOT_NEGATIVE, 1.0, "weight of R_CS; 0 is the ablation w/o R_CS"),
+        "reward": (("sentences", "answer"), "sentences", "eq. 13, or that of SaySelf: the calibration of the answer alone"),
         "reward_placement": (("sentence", "end"), "sentence", "see choice 2 above"),
         "kl_coef": (NOT_NEGATIVE, 0.03, "penalty for leaving the warm-up policy"),
         "max_kl": (POSITIVE, 1000.0, "nats a response from the warm-up policy at which a run has gone astray and stops"),
@@ -160,16 +156,20 @@ def rollout(models: Models, reader, questions: list[dict], args, seed: int, firs
     for row, response in enumerate(responses):
         mask[row, : len(response.ids)] = True
         for step in steps[row]:
-            statement[row, common.step_tokens(response.offsets, step.end, step.stop)] = True
+            begin = step.end if step.said is None else step.said
+            statement[row, common.step_tokens(response.offsets, begin, step.stop)] = True
     return Rollout(records, responses, steps, mask, statement, logprob, entropy, hidden, ref_logprob)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rewards
+@dataclass
 class Judge:
     """I(z_t) by the matcher and IV(z_t) by the estimators of the estimate run, on the logits the policy sampled from."""
 
-    def __init__(self, confidence: dict, clip: common.ClipScorer, similarity: common.Similarity, matcher: common.Matcher):
-        self.confidence, self.clip, self.similarity, self.matcher = confidence, clip, similarity, matcher
+    confidence: dict
+    clip: common.ClipScorer
+    similarity: common.Similarity
+    matcher: common.Matcher
 
     def __call__(self, roll: Rollout) -> list[tuple[np.ndarray, np.ndarray]]:
         """-> I (0 or 1) and IV (0 to 1) of the sentences of each response."""
@@ -188,11 +188,13 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
     response, I(z_t) and IV(z_t) of its sentences, two arrays."""
     scores, parts = torch.zeros(roll.mask.shape), torch.zeros(len(roll.records), 3)
     weights = torch.tensor([args.alpha, args.beta, args.gamma])
-    place = {"sentence": place_at_sentences, "end": place_at_end}[args.reward_placement]
+    place = place_at_end if args.reward == "answer" or args.reward_placement == "end" else place_at_sentences
     for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         terms = sentence_rewards(steps, correct, internal)  # (sentences, 3)
         parts[row] = terms.mean(0) if steps else torch.tensor([0.0, -1.0, -1.0])
         reward = weights @ parts[row]  # eq. 13
+        if args.reward == "answer":  # SaySelf's: 1 - 2 (I - EV)^2 of the last sentence alone
+            reward = terms[-1, 1] if steps else torch.tensor(-1.0)
         offsets = roll.responses[row].offsets
         ends = [[common.step_tokens(offsets, step.start, end)[-1] for end in (step.end, step.stop)] for step in steps]
         n_reference = len(common.reference_chain(roll.records[row]))
@@ -368,12 +370,10 @@ def train_update(
 
 def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, float]:
     """How often each level is said, and how well the levels tell right sentences from wrong ones."""
-    levels = [step.level for found in steps for step in found]
-    correct = [bool(ok) for oks, _ in judged for ok in oks]
+    levels, correct = [step.level for found in steps for step in found], [ok for oks, _ in judged for ok in oks]
     stats = {f"level_{level or 'none'}": float(levels.count(level)) for level in (1, 2, 3, 4, 5, None)}
-    said = [(ok, level) for ok, level in zip(correct, levels, strict=True) if level]
-    mixed = len({ok for ok, _ in said}) == 2
-    return stats | {"auroc": float(roc_auc_score(*zip(*said, strict=True))) if mixed else np.nan}
+    said = [(level, ok) for level, ok in zip(levels, correct, strict=True) if level]
+    return stats | {"auroc": common.auroc([level for level, _ in said], [ok for _, ok in said])}
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -394,11 +394,6 @@ def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
     return Models(policy, reference, value_head)
 
 
-def load_judge(confidence: dict, setup: dict, device: str) -> Judge:
-    matcher, similarity = common.Matcher(setup["matcher"], device=device), common.Similarity(setup["similarity"], device)
-    return Judge(confidence, common.ClipScorer(setup["clip"], device), similarity, matcher)
-
-
 def make_optimizers(models: Models, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
     trained = [p for p in models.policy.model.parameters() if p.requires_grad]
     policy = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -410,10 +405,8 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    questions, confidence = (
-        common.read_jsonl(ckpt / "sft.jsonl"),
-        common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges"),
-    )
+    questions = common.read_jsonl(ckpt / "sft.jsonl")
+    confidence = common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
     common.usage_error(*common.cannot_train(ckpt, args), *problems)
@@ -422,8 +415,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
-    judge = load_judge(confidence, setup, run.device)
-    reader, models = common.StatementReader(setup["statement_encoder"], run.device), load_models(ckpt, args, run.device)
+    matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
+    judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
+    reader = common.StatementReader(setup["statement_encoder"], run.device, setup["layout"])
+    models = load_models(ckpt, args, run.device)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}
     training = common.Training(run, modules, optimizers, args.updates, args.save_every, args.max_kl)
     for step in training:

@@ -5,18 +5,15 @@ fine-tuned on the result (eq. 9), with loss on the response tokens only. Reads t
 the model (or a PEFT adapter), confidence.json, sft.jsonl (the questions, the text of the first epoch), log.jsonl, training.png.
 
 Choices beyond the paper
- 1. --explore: this share of the statements has another level than the internal confidence says: that of an earlier sentence of the
-    response, drawn at random; a neighbouring one in the first sentence. After a warm-up on the levels alone the policy says one
-    level for sure wherever its own confidence does not vary, as in steps built on a misread digit; PPO samples no other, and so
-    cannot learn there. Whether an earlier level is worth repeating is left to the rewards; where all is clear it costs nothing.
+ 1. --explore: this share of the statements has the level of an earlier sentence of the response, drawn at random (the first: a
+    neighbouring level). Without it the policy says one level for sure wherever its own confidence does not vary, as in steps built
+    on a misread digit; PPO samples no other, and cannot learn there. Whether an earlier level is worth repeating, rewards decide.
  2. Statements are drawn anew every epoch. The digits default uses 3 of the 40 statements a level (--statements-per-level): with 40
     the million-parameter model spends its few hundred steps on their wordings and not yet on which level to say.
- 3. Linear decay after the warm-up of the learning rate; no weight decay.
 
     python warmup.py                                  # reads estimate/, writes warmup/
     python warmup.py --no-statements                  # the ablation w/o S-S Mapping: "with confidence 4 of 5."
     python warmup.py --explore 0                      # the paper's data, without exploration
-    python warmup.py --oracle                         # what this network can learn of the truth: a reference line, no method
 """
 
 import functools
@@ -37,6 +34,7 @@ FLAGS = {
     | RUN_FLAGS
     | TRAINING_FLAGS,
     "data": {
+        "layout": (("each", "after", "once"), "each", "a statement after each sentence, all behind the chain, or one in all"),
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
         "statements_per_level": (UP_TO_40, 3, 40, "how many of the pool's 40 are used, evenly spaced"),
         "oracle": (SWITCH, False, "no method, a reference line: level 5 where a sentence is right and 1 where it is wrong"),
@@ -59,29 +57,31 @@ parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
 NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in range(1, N_LEVELS + 1)}
 
 
-def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]]) -> str:
-    """The chain with a random statement of its level after each sentence; `StatementReader.parse` is the way back.
+def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]], layout="each") -> str:
+    """The chain with a random statement of its level after each sentence; `StatementReader.parse` is the way back. Layout `after`:
+    all statements behind the last sentence, in order; `once`: one for all, of the level of the last sentence, the answer.
 
     "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
     statement that starts with a capital follows as a sentence of its own."""
     parts = []
+    if layout != "each":
+        said = [pool[level][rng.integers(len(pool[level]))] for level in (levels if layout == "after" else levels[-1:])]
+        return " ".join([*sentences, *(f"{statement[0].upper()}{statement[1:]}" for statement in said)])
     for sentence, level in zip(sentences, levels, strict=True):
         statement = pool[level][rng.integers(len(pool[level]))]
-        if statement[0].islower() and re.search(r"[^.]\.$", sentence):
-            parts.append(f"{sentence[:-1]}, {statement}")
-        else:
-            parts.append(f"{sentence} {statement[0].upper()}{statement[1:]}")
+        joined = statement[0].islower() and re.search(r"[^.]\.$", sentence)
+        parts.append(f"{sentence[:-1]}, {statement}" if joined else f"{sentence} {statement[0].upper()}{statement[1:]}")
     return " ".join(parts)  # eq. 2
 
 
-def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float) -> str:
+def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float, layout="each") -> str:
     """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or, exploring, another)."""
     levels: list[int] = []
     for sentence in line["sentences"]:
         level = sentence["level"]
         others = levels or [other for other in (level - 1, level + 1) if 1 <= other <= N_LEVELS]
         levels.append(int(rng.choice(others)) if rng.random() < explore else level)
-    return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool)
+    return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool, layout)
 
 
 def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator) -> tuple[float, float]:
@@ -106,20 +106,21 @@ def main(argv: list[str] | None = None) -> None:
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
     common.usage_error(*common.cannot_train(setup["model"], args))
+    setup["layout"] = args.layout
     run = common.Run("warmup", args, setup)
     if run.finished:
         return
     lines = [line for line in common.read_jsonl(Path(args.estimate, "responses.jsonl")) if line["sentences"]]
     if args.oracle:
-        args.explore, sentences = 0.0, [sentence for line in lines for sentence in line["sentences"]]
-        for sentence in sentences:
+        args.explore = 0.0
+        for sentence in common.all_sentences(lines):
             sentence["level"] = N_LEVELS if sentence["correct"] else 1
     pool, n = common.load_statements(), args.statements_per_level
     pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in pool.items()}
     pool = NUMERIC_STATEMENTS if args.no_statements else pool
 
     def text_of(epoch: int, i: int) -> str:
-        return add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore)
+        return add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore, args.layout)
 
     run.write(lambda path: shutil.copy(Path(args.estimate, path.name), path), "confidence.json")
     kept = ("id", "image", "question", "answer", "choices", "reference")

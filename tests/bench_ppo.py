@@ -54,7 +54,8 @@ def main() -> None:
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, ppo.FLAGS, setup["data"])
     models, reader = ppo.load_models(ckpt, args, args.device), common.StatementReader(setup["statement_encoder"])
-    judge = ppo.load_judge(common.read_json(ckpt / "confidence.json"), setup, args.device)
+    judged_by = common.ClipScorer(setup["clip"]), common.Similarity(setup["similarity"]), common.Matcher(setup["matcher"])
+    judge = ppo.Judge(common.read_json(ckpt / "confidence.json"), *judged_by)
     optimizers = ppo.make_optimizers(models, args)
     parts = list(common.chunks(common.read_jsonl(ckpt / "sft.jsonl"), args.batch_size))
 

@@ -9,11 +9,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import annotate
 import numpy as np
 import pytest
 
 import common
-import estimate
 
 pytest.importorskip("openai")
 
@@ -110,10 +110,10 @@ def make(tmp_path):
 
 
 @pytest.fixture
-def args(tmp_path):
-    args = estimate.parse_args(["--out", str(tmp_path / "out"), "--limit", "10", "--device", "cpu"])
+def args(tmp_path, endpoint):
+    args = annotate.parse_args(["--out", str(tmp_path / "out"), "--limit", "10", "--model", "some-model"])
     assert args.concurrency == 8 and args.price is None
-    args.annotate = "some-model"
+    args.device = "cpu"
     return args
 
 
@@ -129,7 +129,7 @@ def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
     endpoint.script = lambda request, attempt: json.dumps(
         {k: [s.replace("answer is 8", "answer is 8, or eight") for s in v] for k, v in [CHAIN, REFINED][attempt % 2].items()}
     )
-    estimate.annotate(records, args)
+    annotate.annotate(records, args)
     rows, lines, log = results(args)
     assert [row["question_id"] for row in rows] == ["q0", "q1", "q2"] and sorted(map(str, rows)) == sorted(map(str, lines))
     row = rows[0]
@@ -143,7 +143,7 @@ def test_two_passes_and_the_published_layout(endpoint, make, args, capsys):
     assert row["keys_filtered"] == {"Image_level": REFINED["image"], "Reasoning_level": ["So, the answer is 8, or eight."]}
     first, second = endpoint.asked("What is 1 {here}?")
     assert (first["model"], first["path"], first["key"]) == ("some-model", "/v1/chat/completions", f"Bearer {KEY}")
-    assert estimate.ANNOTATE["task"] in first["text"] and estimate.REFINE["task"] in second["text"]
+    assert annotate.ANNOTATE["task"] in first["text"] and annotate.REFINE["task"] in second["text"]
     assert "Answer: eight\n" in first["text"] and "Rationale: Three and five make eight." in first["text"]
     assert not any("Rationale" in r["text"] or "The key" in r["text"] for r in endpoint.asked("What is 0 {here}?"))
     assert "The sky is blue." in second["text"] and "Rationale:" not in second["text"] and "The sky is blue." not in first["text"]
@@ -168,7 +168,7 @@ def test_retries(endpoint, make, args):
         return trouble[attempt] if attempt < len(trouble) else json.dumps(CHAIN)
 
     endpoint.script = script
-    estimate.annotate(make(4), args)
+    annotate.annotate(make(4), args)
     rows, _, log = results(args)
     assert len(rows) == 4 and log[0]["requests"] == len(endpoint.requests) == 8 + 1 + 4 + 2 and "cost" not in log[0]
     assert log[0]["prompt_tokens"] == 800
@@ -180,7 +180,7 @@ def test_retries(endpoint, make, args):
 
 
 def test_dropped_connections_and_timeouts_are_retried(endpoint, make, args, monkeypatch):
-    monkeypatch.setattr(estimate, "TIMEOUT", 0.3)
+    monkeypatch.setattr(annotate, "TIMEOUT", 0.3)
 
     def script(request, attempt):
         if attempt == 0:
@@ -190,7 +190,7 @@ def test_dropped_connections_and_timeouts_are_retried(endpoint, make, args, monk
         return json.dumps(CHAIN)
 
     endpoint.script = script
-    estimate.annotate(make(1), args)
+    annotate.annotate(make(1), args)
     rows, _, log = results(args)
     assert len(rows) == 1 and log[0]["requests"] == 4 and log[0]["prompt_tokens"] == 200
 
@@ -204,7 +204,7 @@ def test_one_repair_step(endpoint, make, args):
         "What is 3 {here}?": [json.dumps(CHAIN | {"reasoning": ["The answer is 18."]}), good, good],
     }
     endpoint.script = lambda request, attempt: scripts[request["question"]][attempt]
-    estimate.annotate(make(4), args)
+    annotate.annotate(make(4), args)
     rows, _, log = results(args)
     assert [row["question_id"] for row in rows] == ["q0", "q1", "q3"] and log[0]["left out: no valid JSON"] == 1
     assert [len(endpoint.asked(q)) for q in scripts] == [3, 3, 2, 3]
@@ -224,14 +224,14 @@ def test_refusals_are_counted_and_asked_for_again(endpoint, make, args, capsys):
     ]
     questions = [f"What is {i} {{here}}?" for i in range(5)]
     endpoint.script = lambda r, attempt: (refusals + [json.dumps(CHAIN)])[questions.index(r["question"])]
-    estimate.annotate(make(5), args)
+    annotate.annotate(make(5), args)
     rows, _, log = results(args)
     assert [row["question_id"] for row in rows] == ["q4"] and log[0]["left out: refusal"] == 4 and log[0]["requests"] == 6
     printed = capsys.readouterr().out
     assert "q2 left out: refusal" in printed and "1 of 5 chains written" in printed and "left out: refusal 4" in printed
     endpoint.requests.clear()
     endpoint.script = lambda request, attempt: json.dumps(CHAIN)
-    estimate.annotate(make(5), args)
+    annotate.annotate(make(5), args)
     assert len(results(args)[0]) == 5 and len(endpoint.requests) == 8 and not endpoint.asked(questions[4])
 
 
@@ -239,7 +239,7 @@ def test_refusals_are_counted_and_asked_for_again(endpoint, make, args, capsys):
 def test_a_killed_run_resumes(endpoint, make, args, cut):
     """Nothing that is finished is asked for again, whether or not the last line was cut short."""
     endpoint.delay, args.concurrency, records = 0.03, 2, make(12)
-    process = multiprocessing.get_context("fork").Process(target=estimate.annotate, args=(records, args))
+    process = multiprocessing.get_context("fork").Process(target=annotate.annotate, args=(records, args))
     process.start()
     path = Path(args.out) / "annotations.jsonl"
     deadline = time.monotonic() + 10
@@ -255,33 +255,33 @@ def test_a_killed_run_resumes(endpoint, make, args, cut):
     time.sleep(0.1)
     endpoint.requests.clear()
     args.concurrency, args.limit = 8, 14  # neither changes what the run is
-    estimate.annotate(make(14), args)
+    annotate.annotate(make(14), args)
     asked = {r["question"] for r in endpoint.requests}
     assert asked == {f"What is {i} {{here}}?" for i in range(14) if f"q{i}" not in finished}
     assert [row["question_id"] for row in results(args)[0]] == [f"q{i}" for i in range(14)]
     assert len(endpoint.requests) == 2 * (14 - len(finished))
-    estimate.annotate(make(14), args)
+    annotate.annotate(make(14), args)
     assert len(endpoint.requests) == 2 * (14 - len(finished)) and len(results(args)[1]) == 14
-    args.annotate = "another-model"
+    args.model = "another-model"
     with pytest.raises(SystemExit):
-        estimate.annotate(make(14), args)
+        annotate.annotate(make(14), args)
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_concurrency(endpoint, make, args, limit):
     endpoint.delay, args.concurrency = 0.05, limit
-    estimate.annotate(make(6), args)
+    annotate.annotate(make(6), args)
     assert endpoint.peak == limit and len(results(args)[0]) == 6
 
 
 def test_the_key_is_in_no_file_and_no_message(endpoint, make, args, capfd, monkeypatch):
     endpoint.script = lambda request, attempt: (400, {}) if "0" in request["question"] else json.dumps(CHAIN)
-    estimate.annotate(make(3), args)
+    annotate.annotate(make(3), args)
     rows, _, log = results(args)
     assert len(rows) == 2 and log[0]["left out: BadRequestError"] == 1
     endpoint.script = lambda request, attempt: (401, {})  # the message holds the key
     with pytest.raises(SystemExit) as stopped:
-        estimate.annotate(make(3), args)
+        annotate.annotate(make(3), args)
     printed = "".join(capfd.readouterr())
     assert stopped.value.code == 2 and "gave up: Error code: 401 - " in printed and "Bearer ..." in printed and KEY not in printed
     files = [path for path in Path(args.out).rglob("*") if path.is_file()]
@@ -295,13 +295,13 @@ def test_an_endpoint_that_fails_again_and_again_ends_the_run(endpoint, make, arg
     args.concurrency = 1
     endpoint.script = lambda request, attempt: b"<html>not this</html>"
     with pytest.raises(SystemExit):
-        estimate.annotate(make(30), args)
-    assert len(endpoint.requests) == estimate.STOP_AFTER and "gave up" in capfd.readouterr().err
+        annotate.annotate(make(30), args)
+    assert len(endpoint.requests) == annotate.STOP_AFTER and "gave up" in capfd.readouterr().err
     assert results(args)[0] == []
     endpoint.requests.clear()
     endpoint.script = lambda request, attempt: (400, {}) if request["question"] in bad else json.dumps(CHAIN)
     bad = {f"What is {i} {{here}}?" for i in range(20) if i % 2}  # never in a row
-    estimate.annotate(make(20), args)
+    annotate.annotate(make(20), args)
     assert len(results(args)[0]) == 10 and results(args)[2][-1]["left out: BadRequestError"] == 10
 
 
@@ -311,7 +311,7 @@ def test_usage_errors(monkeypatch, capsys, tmp_path):
         for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", key)):
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stopped:
-            estimate.main(["--annotate", "m", "--concurrency", "0", "--price", "1", "-1", "--out", str(tmp_path / "out")])
+            annotate.main(["--concurrency", "0", "--price", "1", "-1", "--out", str(tmp_path / "out")])
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and (not key or key not in error)
         assert all(text in error for text in ("one process", "OPENAI_BASE_URL", "OPENAI_API_KEY", "--concurrency", "--price"))
@@ -321,7 +321,7 @@ def test_usage_errors(monkeypatch, capsys, tmp_path):
 def test_unusable_records(endpoint, make, args, capsys):
     records = make(8)
     records[2]["answer"] = None
-    estimate.annotate(records + [records[0]], args)  # an id that comes twice is asked for once
+    annotate.annotate(records + [records[0]], args)  # an id that comes twice is asked for once
     assert len(results(args)[0]) == 7 and len(endpoint.requests) == 14 and "no answer (q2)" in capsys.readouterr().out
 
 
@@ -343,12 +343,12 @@ def test_unusable_records(endpoint, make, args, capsys):
 )
 def test_strict_parsing(text, reason):
     with pytest.raises(ValueError) as error:
-        estimate.parse_chain(text, "8")
+        annotate.parse_chain(text, "8")
     assert error.value.args[0].startswith(reason)
 
 
 def test_parsing():
     text = json.dumps({"image": ['A  sign\u2028says "Stop!"'], "reasoning": ["It is a STOP  sign (red)", "Is it?"]})
     expected = {"image": ['A sign says "Stop!"'], "reasoning": ["It is a STOP sign (red).", "Is it?"]}
-    assert estimate.parse_chain(f"```\n{text}\n```\n", "Stop sign.") == expected
-    assert estimate.parse_chain(json.dumps({"image": ["a"], "reasoning": ["So, the answer is <"]}), "<")
+    assert annotate.parse_chain(f"```\n{text}\n```\n", "Stop sign.") == expected
+    assert annotate.parse_chain(json.dumps({"image": ["a"], "reasoning": ["So, the answer is <"]}), "<")

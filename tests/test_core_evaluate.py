@@ -105,10 +105,10 @@ def test_the_bars_by_hand():
     """Four sentences of the base model in two responses: AUROC of LNLP and U, MECE and Brier skill of its levels."""
     confidence = {"min": [1, 0, 0, 0], "max": [2, 1, 1, 1], "weights": [0.5, 0.5, 0, 0], "fuse": "mean"}
     confidence |= {"edges": [0.1, 0.3, 0.5, 0.7], "logistic": [-8.0, 0, 0, 0, 4.0]}
-    sentence = lambda lnlp, mte, right, part: {"raw": [lnlp, mte, 0.5, 0.5], "correct": right, "part": part}  # noqa: E731
+    sentence = lambda *values: dict(zip(("lnlp", "mte", "correct", "part"), values, strict=True)) | {"tokensar": 0.5, "clip": 0.5}  # noqa: E731
     first = [sentence(1.0, 0.0, True, "image"), sentence(2.0, 1.0, False, "reasoning")]
     second = [sentence(1.5, 0.1, True, "image"), sentence(1.2, 0.4, False, "image")]
-    lines = [{"sentences": sentences, "covered": {}} for sentences in (first, second)]
+    lines = [{"sentences": sentences} for sentences in (first, second)]
     bars = evaluate.internal_rows(lines, confidence)
     assert bars["base rate"] == 0.5
     assert bars["base, LNLP"]["auroc"] == 0.75 and bars["base, LNLP"]["image"] == 0.5  # 1.0 and 1.5 are right, 1.2 and 2.0 wrong

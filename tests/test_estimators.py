@@ -300,7 +300,9 @@ def test_ranks_and_outliers(capsys):
     assert common.fuse(raw, ranked) == pytest.approx(np.linspace(0, 1, 101), abs=1e-9)
     assert common.fuse(np.full((1, 4), 1.5), ranked) == pytest.approx([0.495], abs=0.006)
     assert common.fuse(np.array([[0.0] * 4, [1e9] * 4]), ranked).tolist() == [0, 1]
-    sentences = [dict(zip(common.ESTIMATORS, row, strict=True)) | {"correct": None, "u": 0.1, "level": 4} for row in raw]
+    sentences = [
+        dict(zip(common.ESTIMATORS, row, strict=True)) | {"correct": None, "u": 0.1, "level": 4, "part": "image"} for row in raw
+    ]
     estimate.summarize([{"id": 1, "sentences": sentences, "reference": {"image": [], "reasoning": []}}])
     printed = capsys.readouterr().out
     assert printed.count("see --normalize rank") == 4 and "match" not in printed

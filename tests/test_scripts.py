@@ -44,7 +44,7 @@ def test_estimate(runs):
     assert len(lines) == 24 and not (runs["estimate"] / "partial.jsonl").exists()
     assert set(lines[0]) == {"id", "image", "question", "answer", "choices", "reference", "response", "finished", "sentences"}
     sentences = [s for line in lines for s in line["sentences"]]
-    names = {"text", "start", "end", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
+    names = {"text", "start", "end", "part", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
     assert len(sentences) > 24 and all(set(s) == names for s in sentences)
     for line in lines:
         reference = common.reference_chain(line)
@@ -68,18 +68,18 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(*_, original=estimate.respond):
+    def stop(*_, original=common.measure):
         if calls.append(0) or len(calls) > 2:
             raise Stop
         return original(*_)
 
-    calls, original = [], estimate.respond
-    estimate.respond = stop
+    calls, original = [], common.measure
+    common.measure = stop
     try:
         with pytest.raises(Stop):
             estimate.main(args)
     finally:
-        estimate.respond = original
+        common.measure = original
     with open(tmp_path / "e" / "partial.jsonl", "a") as file:
         file.write('{"id": "cut sho')  # as a killed process leaves it
     estimate.main(args)
@@ -128,8 +128,8 @@ def test_a_cut_response(base, records, cache, monkeypatch):
     full = base.tokenizer("The left digit is 3. The right", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(common, "generate", lambda *_: [full, [*full, base.end_tokens[0]], base.end_tokens[:1]])
     paths = estimate.digits_paths(cache, 0, 1.0)
-    args, clip = estimate.parse_args(["--device", "cpu"]), common.ClipScorer(paths["clip"])
-    cut, whole, empty = estimate.respond(base, records[:3], clip, common.Similarity(), common.Matcher("exact"), args, 0)
+    judged_by = common.ClipScorer(paths["clip"]), common.Similarity(), common.Matcher("exact")
+    cut, whole, empty = common.measure(base, records[:3], common.generate, *judged_by)
     assert [[s["text"] for s in line["sentences"]] for line in (cut, whole, empty)] == [
         ["The left digit is 3."],
         ["The left digit is 3.", "The right."],
@@ -147,8 +147,7 @@ def test_a_batch_without_a_word(base, records, cache, monkeypatch):
     ids = base.tokenizer("...", add_special_tokens=False)["input_ids"] + base.end_tokens[:1]
     monkeypatch.setattr(common, "generate", lambda *_: [ids, base.end_tokens[:1]])
     clip = common.ClipScorer(estimate.digits_paths(cache, 0, 1.0)["clip"])
-    args = estimate.parse_args(["--device", "cpu"])
-    lines = estimate.respond(base, records[:2], clip, common.Similarity(), common.Matcher("exact"), args, 0)
+    lines = common.measure(base, records[:2], common.generate, clip, common.Similarity(), common.Matcher("exact"))
     assert [line["sentences"] for line in lines] == [[], []]
 
 
