@@ -332,6 +332,8 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
     goes on after the last whole batch. Processes take batches in turn. The share of right answers or sentences is shown."""
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
+    if [line["id"] for line in lines] != [record["id"] for record in records[: len(lines)]]:
+        usage_error(f"{run.out / name} has answers to other questions: the data has changed; add --overwrite")
     run.write(write_jsonl, name, lines)
     with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not processes.is_main_process) as bar:
         for starts in chunks(range(len(lines), len(records), batch_size), processes.num_processes):

@@ -12,7 +12,8 @@ update), training.png, trainer_state.pt (the same command continues an interrupt
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
  2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms where what they judge ends;
-    `place_at_sentences` says how. Their sum is the same R.
+    their sum is R, but that T is at least the number of sentences of the reference. Else it pays to stop early: with eq. 10-12 as
+    printed, a policy learned to end after one sure sentence.
  3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred; those of statements by their own, which is several times
@@ -220,15 +221,15 @@ def place_at_end(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_re
 
 def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_reference: int) -> None:
     """Each term where what it judges ends: scores (T,) of one response, weighted terms (sentences, 3), ends of z_t and c_t.
-    By its t-th sentence a response has earned S = (sum of its terms so far) / max(t, n_reference). Every place is paid the
-    change of S, so that the payments telescope to the last S; what R is more or less than that, the last token gets."""
+    By its t-th sentence a response has earned S = (sum of its terms so far) / max(t, n_reference). Every place is paid the change
+    of S: they telescope to the last S, eq. 13 or less where sentences are missing. `reward` is that of none at all."""
     earned = paid = 0.0
     for t, ((ka, ec, cs), (sentence_end, statement_end)) in enumerate(zip(terms, ends, strict=True), 1):
         for term, token in ((ka, sentence_end), (ec + cs, statement_end)):
             earned = earned + term
             scores[token] += earned / max(t, n_reference) - paid
             paid = earned / max(t, n_reference)
-    scores[-1] += reward - paid
+    scores[-1] += 0.0 if ends else reward
 
 
 def known_before(roll: Rollout, judged: list) -> Tensor:
@@ -417,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
     matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
     judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
-    reader = common.StatementReader(setup["statement_encoder"], run.device, setup["layout"])
+    reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     models = load_models(ckpt, args, run.device)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}
     training = common.Training(run, modules, optimizers, args.updates, args.save_every, args.max_kl)

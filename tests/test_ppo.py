@@ -135,15 +135,17 @@ def test_rewards(args, reader):
 
 
 def test_an_extra_sentence_pays_for_itself(args, reader):
-    """Placed rewards sum to R, and none depends on what is written after it: else a repeated sentence would look like a gain."""
+    """Placed rewards sum to R, and none depends on what is written after it: else a repeated sentence would look like a gain. What
+    stops early has less than R: a sentence that is missing earns nothing."""
     right, short = "It is red, and I trust this is correct.", "It is red, though I can't confirm this."
     texts = [short, f"{short} {right}", f"{short} {right} {right}"]  # one less than the reference, as many, one more
     roll = fake_rollout(reader, texts, n_reference=2)
     judged = [(np.ones(n, bool), np.ones(n)) for n in (1, 2, 3)]
     scores, parts = ppo.rewards(roll, judged, args)
-    assert torch.allclose(scores.sum(1), sum(parts.values()))
+    whole = sum(parts.values())
+    assert torch.allclose(scores.sum(1), torch.stack([whole[0] / 2, whole[1], whole[2]]))
     assert torch.equal(scores[1, : len(texts[1])], scores[2, : len(texts[1])])
-    assert torch.equal(scores[0, : len(texts[0])], scores[2, : len(texts[0])]) and scores[0, len(texts[0])] == -0.5
+    assert torch.equal(scores[0, : len(texts[0])], scores[2, : len(texts[0])]) and scores[0, len(texts[0])] == 0
     extra = float(scores[2, len(texts[1]) :].sum())
     assert extra == pytest.approx(float(scores[2].sum() - scores[1].sum()))
 

@@ -62,7 +62,7 @@ def test_estimate(runs):
     assert config["args"]["limit"] == 24 and config["args"]["temperature"] == 0.1 and config["versions"]["torch"]
 
 
-def test_interrupted_estimate_continues(runs, cache, tmp_path):
+def test_interrupted_estimate_continues(runs, cache, tmp_path, capsys):
     args = ["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", str(tmp_path / "e")]
 
     class Stop(Exception):
@@ -80,7 +80,14 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path):
             estimate.main(args)
     finally:
         common.measure = original
-    with open(tmp_path / "e" / "partial.jsonl", "a") as file:
+    partial = tmp_path / "e" / "partial.jsonl"
+    answered = common.read_jsonl(partial)
+    common.write_jsonl(partial, [line | {"id": f"other {line['id']}"} for line in answered])
+    with pytest.raises(SystemExit):  # never mixed with answers to other questions
+        estimate.main(args)
+    assert "partial.jsonl has answers to other questions" in capsys.readouterr().err
+    common.write_jsonl(partial, answered)
+    with open(partial, "a") as file:
         file.write('{"id": "cut sho')  # as a killed process leaves it
     estimate.main(args)
     for line, whole in zip(*(common.read_jsonl(f / "responses.jsonl") for f in (tmp_path / "e", runs["estimate"])), strict=True):
