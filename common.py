@@ -523,7 +523,7 @@ def find_picture(image: str, roots: Sequence, take: Callable) -> str:
     inside = [p for p in places if any(Path(os.path.abspath(p)).is_relative_to(os.path.abspath(root)) for root in roots)]
     reason = "missing or unreadable" if inside else f"outside {' and '.join(map(str, roots))}"
     try:
-        path = next(filter(os.path.isfile, inside), inside[0])
+        path = next(filter(os.path.isfile, inside))
         with Image.open(path) as picture:
             size = picture.size
             if size[0] * size[1] > MAX_PIXELS:
@@ -1326,41 +1326,48 @@ def plain(text: str) -> str:
 
 
 STOP = re.compile(r"[.!?…。！？।؟۔]+[\"')\]}”’»*_`\s]*$")
-LINE = re.compile(r"(?:[^\n]*\banswer(?: is)?:[*_ ]*\n\s*)?[^\n]+", re.IGNORECASE)  # with the one before, if that ends in "answer:"
-MARK = re.compile(r"\s*(?:[-+*•–—>#]+\s+|\(?\d{1,2}[.)]\s+)*")
-HEADING = re.compile(r"\s*(?:#.*|[^.!?]*:[*_]*|\*\*[^.!?]*\*\*)\s*")
+# A line, with the one before if that ends in "answer:". A list's marks. A line in bold is a heading where one that is not follows.
+LINE = re.compile(r"(?:[^\n]*(?:\banswer(?: is:?|:)|<answer>)[*_ ]*\n\s*)?[^\n]+(?:\n\s*</answer>)?", re.IGNORECASE)
+MARK = re.compile(r"\s*(?:[-+*•◦▪●–—>#]+\s+|\(?(?:\d{1,2}|[a-h](?=\))|[ivx]{2,4})[.)]\s+|\d{1,2}\.(?=[^\W\d]))*")
+HEADING = re.compile(r"\s*(?:#+\s.*|[^.!?\n]*:[*_]*|\*\*[^.!?\n]*\*\*(?=\s*\n(?!\s*\*\*[^.!?\n]*\*\*\s*(?:\n|$))))\s*")
 EMPHASIS = re.compile(r"(?<!\w)(?:\*{1,3}|_{1,3}|`)(?=\S)|(?<=\S)(?:\*{1,3}|_{1,3}|`)(?!\w)")
 # Ends of sentences that sentencex does not see: after a word, an answer's letter, a bracket or quotation, before what is no small
 # letter, and before a bracket or quotation. And ends that are none.
 MORE = re.compile(
-    r"(?:\b(?!(?:vs|cf|ca|no|al|fig|eq|sec|approx)\.)[a-z]{2,}[.!?][\"”’)]?|(?<=[a-z] )[A-E]\.|[.!?][\"”’)])\s+"
+    r"(?:\b(?!(?:vs|cf|ca|no|al|fig|eq|sec|approx)\.)[a-z]{2,}[.!?…][\"”’)]?|(?<=[a-z] )[A-E]\.|[.!?][\"”’)])\s+"
     r"(?=[^\W_a-zß-öø-ÿа-яё])"
     r"|(?<=\bme\.)\s+|(?<=[a-z]{3}[.!?])\s+(?=[\"“(])"
 )
-TOO_MANY = re.compile(r"\(?[A-Z][.)]\s+|.*\bapprox\.\s+", re.DOTALL)
+TOO_MANY = re.compile(
+    r"(?s)(?:\(?[A-Z][.)]|.*\b(?:Ms|Ft|Vol|Ch|pp|Eqs?|Figs?|approx|(?:max|min|avg|temp|est|lbs?|km|kg|cm|ft|in|oz|yrs?|hrs?|Sat|Sun|"
+    r"Mon|Tue|Wed|Thu|Fri)(?=\.\s+[a-z\d]))\.)\s+.?"
+)
 
 
 def tidy(texts: Sequence[str]) -> list[str]:
     """The texts that hold a word, each on one line, with its stop and without emphasis or a list's mark."""
-    lines = [" ".join(EMPHASIS.sub("", MARK.sub("", text, 1)).split()) for text in texts if re.search(r"[^\W_]", text)]
+    lines = [" ".join(MARK.sub("", EMPHASIS.sub("", text), 1).split()) for text in texts if re.search(r"[^\W_]", text)]
     return [line if STOP.search(line) else f"{line.rstrip(' :;,')}." for line in lines]
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Characters [start, end) of each sentence, its stop included. A line break ends a sentence too; headings are left out, and so
-    are the marks of lists."""
-    spans = []
+    """Characters [start, end) of each sentence, its stop included. A line break ends one; headings and list marks are left out."""
+    spans, numbered = [], None
     for line in LINE.finditer(text):
-        if HEADING.fullmatch(line.group()) and not ANSWER.search(line.group()):
+        heading = HEADING.match(text, line.start())
+        if heading and heading.end() >= line.end() and not ANSWER.search(line.group()):
             continue
-        first = MARK.match(text, line.start(), line.end()).end()
+        whole = EMPHASIS.sub(lambda marks: " " * len(marks.group()), line.group()).replace("\n", " ")
+        if numbered and re.fullmatch(r"\s*\d{1,2}[.)]\s*", whole):  # cut after the mark
+            continue
+        first = line.start() + MARK.match(whole).end()
         numbered = re.search(r"\d", text[line.start() : first])
-        shown = EMPHASIS.sub(lambda marks: " " * len(marks.group()), text[first : line.end()])
+        shown = whole[first - line.start() :]
         ends = {boundary["end_index"] for boundary in get_sentence_boundaries("en", shown)}
         start = 0
         for end in sorted(ends | {gap.end() for gap in MORE.finditer(shown)}):
             piece = shown[start:end]
-            if TOO_MANY.fullmatch(piece):
+            if TOO_MANY.fullmatch(shown[start : end + 1]):
                 continue
             if not (numbered and re.fullmatch(r"\d{1,2}[.)]\s+", piece)) and re.search(r"[^\W_]", piece):
                 spans.append((first + start + len(piece) - len(piece.lstrip()), first + start + len(piece.rstrip())))
@@ -1389,8 +1396,10 @@ SPEAKS = re.compile(
     r"hesita|reserv|caution|prove|basis|evidence|support|vouch|promise|idea|know|solid|sound|hold|skeptic|credib|perfect|settled|chance)"
 )
 ELSEWHERE = re.compile(
-    r"^(?:(?!some|every|no)\w+ing|which|who|whose|he|she|they|we|let|i (?:can )?(?:see|hope)|therefore|thus|hence|"
-    r"the (?!evidence|signs|odds|chance))\b|(?:\S+ ){12}"
+    r"^(?:(?!some|every|no)\w+ing|which|who|whose|he|she|they|we|let|i (?:can(?:'t|not)? )?(?:see|hope|help|assist)|therefore|thus|"
+    r"hence|his|her|their|its|(?:i'm |i am )?sorry|i apologi[sz]e|feel free|nothing is \w+ with|"
+    r"(?:i (?:think|believe|guess) )?(?:it|this|that)(?: is|'s) (?:the|an? (?:perfect|right|true|correct|dog|cat|man|woman))|"
+    r"(?:so |i (?:think|believe|guess) )*[a-e] is|the (?!evidence|signs|odds|chance))\b|\banswer(?: is|:)|(?:\S+ ){12}"
 )
 NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-statements writes
 
@@ -1408,8 +1417,7 @@ class StatementReader:
         self.seen: dict[str, int | None] = {}  # PPO meets the same wordings again and again
 
     def parse(self, texts: Sequence[str]) -> list[list[Step]]:
-        """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own
-        after one without a statement."""
+        """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own."""
         split = [[(step, text[step.start : step.stop]) for step in split_steps(text)] for text in texts]
         self.levels([part for sentences in split for _, raw in sentences for part in (raw, raw.rpartition(", ")[2])])  # in one go
         parsed = []
@@ -1423,8 +1431,10 @@ class StatementReader:
                 for step, (statement, level) in zip(steps, said, strict=False):
                     step.statement, step.level, step.said, step.stop = statement.text, level, statement.start, statement.stop
                 sentences = ()
-            for step, raw in sentences:
+            for (step, raw), (_, behind) in zip(sentences, [*sentences[1:], (None, "")], strict=False):
                 gap, level = self._find_clause(raw)
+                if level and self._known(plain(behind)) and not self._known(plain(raw[gap.end() :])):
+                    level = None  # it only sounds like a statement: the one behind it is
                 follows = bool(steps) and steps[-1].level is None
                 own = self.levels([raw])[0] if follows and (level is None or plain(raw) in self.pool) else None
                 if own:  # the statement of the sentence before
@@ -1432,7 +1442,7 @@ class StatementReader:
                 elif level:
                     end, statement = step.start + gap.start(), step.start + gap.end()
                     sentence = f"{text[step.start : end]}{gap.group().replace(',', '.')}"
-                    steps.append(Step(*tidy([sentence]), step.start, end, step.stop, text[statement : step.stop], level))
+                    steps.append(Step(*tidy([sentence.strip()]), step.start, end, step.stop, text[statement : step.stop], level))
                 else:
                     steps.append(step)
             parsed.append(steps)
@@ -1482,8 +1492,7 @@ class StatementReader:
 
 # ---------------------------------------------------------------------------------------------------------------- matching
 def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
-    """The share of n responses, sampled at temperature 1, that hold each sentence of a chain (Wang et al. 2023): B chains of
-    sentences -> B arrays (sentences,)."""
+    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,)."""
     shares = [np.zeros(len(chain)) for chain in chains]
     with images_encoded_once(vlm):
         prompts = collate(vlm, records)
@@ -1521,8 +1530,9 @@ class Matcher:
 
 # The words before an answer, those around one, and how its letter is written.
 ANSWER = re.compile(
-    r"\b(?:answer|(?:correct|right|best|final) (?:choice|option))(?:\s+to\s[^,.:]{0,80}?)?"
-    r"(?:\s+(?:is|was|would be|should be|must be)\b(?:\s+that\b)?\s*:?|[*_]*\s*:)[*_]*\s*",
+    r"\b(?:(?<!this )answer|(?:correct|right|best|final|appropriate|likely) (?:choice|option))(?:\s+to\s[^,.:]{0,80}?)?"
+    r"(?:\s+(?:is|was|would be|should be|must be)\b(?:\s+that\b)?\s*:?|[*_]*\s*:)[*_]*\s*"
+    r"|\bi(?:'d| would|'ll| will)? (?:choose|pick|select|go with) (?:option\s+|answer\s+)?",
     re.IGNORECASE,
 )
 BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]+)\}|<answer>([^<]+)</answer>", re.IGNORECASE)
@@ -1537,7 +1547,8 @@ def extract_answer(sentences: Sequence[str], choices: Sequence[str] | None = Non
     you need more." does not). With choices: the one named by its text, its letter ("(B)", "B. dog"), or alone; else the words."""
     if not sentences:
         return None
-    last = next(filter(re.compile(r"\b(?:answer|choice|option)\b|boxed", re.I).search, reversed(sentences)), sentences[-1])
+    speaking = [s for s in sentences if re.search(r"\b(?:answer|choice|option|choose|pick|select|go with)\b|boxed", s, re.I)]
+    last = next(filter(named_answer, reversed(speaking)), [*sentences, *speaking][-1])
     found = named_answer(last)
     if not choices:
         return found
@@ -1557,7 +1568,8 @@ def named_answer(sentence: str) -> str | None:
     """What a sentence says that the answer is; None where it says nothing of the kind."""
     boxed, words, right = BOXED.search(sentence), [*ANSWER.finditer(sentence)], IS_RIGHT.match(sentence)
     text = (boxed[1] or boxed[2]) if boxed else sentence[words[-1].end() :] if words else right[1] if right else ""
-    return text.strip(" \n'\"*_$“”‘’").rstrip(" .!?'\"*_$”’") or None
+    text = text.strip(" \n'\"*_“”‘’").rstrip(" .!?'\"*_”’")
+    return (text.strip("$") if text.endswith("$") else text) or None
 
 
 def bare(text: str) -> str:

@@ -141,17 +141,13 @@ def build_digits_clip(folder: Path):
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
-# What open_clip's image tower and transformers' CLIPVisionModel call the same weights.
-TOWER_NAMES = {"class_embedding": "embeddings.class_embedding", "positional_embedding": "embeddings.position_embedding.weight"}
-TOWER_NAMES |= {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "attn.": "self_attn."}
-TOWER_NAMES |= {"transformer.resblocks": "encoder.layers", "ln_": "layer_norm", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-
-
 def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
     """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
-    weights = {}
+    weights, names = {}, {"class_embedding": "embeddings.class_embedding", "conv1": "embeddings.patch_embedding"}
+    names |= {"positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
+    names |= {"attn.": "self_attn.", "transformer.resblocks": "encoder.layers", "ln_": "layer_norm"}
     for name, weight in visual.named_parameters():
-        for theirs, ours in TOWER_NAMES.items():
+        for theirs, ours in (names | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}).items():
             name = name.replace(theirs, ours)
         parts = zip("qkv", weight.chunk(3), strict=True) if "in_proj" in name else [("", weight)]
         weights |= {name.replace("in_proj_", f"{key}_proj."): part for key, part in parts if name != "proj"}
@@ -209,8 +205,7 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
 
 
 def taught_chain(record: dict, tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Token ids of a chain that the base model learns from, and the positions of what it reads and does not learn: the image level
-    of a chain with a false digit."""
+    """Token ids of a chain to learn from, and the positions that are read only: the image level of a chain with a false digit."""
     family = next(name for name, question in FAMILIES.items() if question == record["question"])
     digits = [int(sentence[-2]) for sentence in record["reference"]["image"]]
     false = rng.random() < MISREAD
@@ -293,7 +288,10 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
     if normalize == "rank":
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
-    if len(set(correct)) == 2:  # for comparison only: what the four together tell of the truth, fitted on the training sentences
+    if set(correct) == {
+        True,
+        False,
+    }:  # for comparison only: what the four together tell of the truth, fitted on the training sentences
         logistic = LogisticRegression().fit(common.normalize(raw, confidence), correct)
         confidence["logistic"] = [*logistic.coef_[0].tolist(), float(logistic.intercept_[0])]
     u = common.fuse(raw, confidence, starts)
@@ -360,8 +358,13 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         return setup, common.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
     given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
     roots = (Path(args.responses).parent, args.data_dir or args.cache)
-    records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
     blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
+    for record in given:
+        parts, flaw = record.get("reference", blank["reference"]), "malformed reference or choices"
+        lists = [parts.get("image"), parts.get("reasoning"), record.get("choices") or []] if isinstance(parts, dict) else [None]
+        sound = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+        record["flaw"] = None if sound else flaw
+    records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
     return setup, [{"id": i} | blank | record for i, record in enumerate(records)]
 
 

@@ -84,12 +84,8 @@ def ece(confidence, correct, n_bins: int = 10) -> float:
 def mece(predictions: list[dict]) -> float:
     """Multi-granular ECE: the mean over responses of the mean |correct - confidence| of their sentences (eq. 15). A response
     without any statement is left out (`coverage` stands beside it)."""
-    errors = []
-    for p in predictions:  # eq. 15, whose inner mean is eq. 16 and whose outer mean is eq. 17
-        confidence, correct = stated([p])
-        if len(confidence):
-            errors.append(mean(np.abs(correct - confidence)))  # eq. 16
-    return mean(errors)  # eq. 17
+    errors = [np.abs(correct - confidence) for confidence, correct in (stated([p]) for p in predictions)]  # eq. 15
+    return mean([mean(error) for error in errors if len(error)])  # eq. 16 within a response, eq. 17 over all
 
 
 def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
@@ -189,8 +185,7 @@ def format_table(rows: dict[str, dict]) -> str:
 
 
 def plot_reliability(predictions: list[dict], path: Path) -> None:
-    """Left: observed accuracy of the sentences of each level, by part, with 95% Wilson intervals, honest near 0 and 1. Right: how
-    many there are, right and wrong."""
+    """Left: observed accuracy of each level's sentences, by part, with 95% Wilson intervals. Right: how many, right and wrong."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
@@ -226,7 +221,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
 {%- endmacro %}
 {% macro card(p, picture, judged) %}
-<article class="card {{ tags(p) | join(' ') }}"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+<article class="card"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
 <div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
 {% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
@@ -248,8 +243,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-u
 h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
 dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% } .card { display: grid; gap: .6rem 1.4rem;
   grid-template-columns: 200px 1.5fr 1fr; margin: 1rem 0; padding: .6rem; border: 1px solid #d9dee5; border-radius: 8px }
-{% for tag, _, _ in filters %}body:has([value={{ tag }}]:checked) .card:not(.{{ tag }}) { display: none }
-{% endfor %}.card header { grid-column: 1 / -1 }
+.card header { grid-column: 1 / -1 }
 .card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
 .l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 } .l4 { background: #adc6ee }
@@ -258,24 +252,12 @@ dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% } .ca
 <dl>{% for name, value in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level"
 src="data:image/png;base64,{{ plot }}">{% endif %}
-<nav aria-label="Filters">{% for tag, label, n in filters %}
-<label><input type="radio" name="show" value="{{ tag }}"{{ " checked" if loop.first }}>{{ label }} ({{ n }})</label>
-{% endfor %}</nav>
 <p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
 <b class="yes">✓</b> matches the reference <b class="no">✗</b> does not. {% if cards | length < total %}Only the first
 {{ cards | length }} of {{ total }} questions are shown; the figures above are over all of them.{% endif %}</p>
 <main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main>
 </body></html>
 """)
-
-
-FILTERS = {  # tag: (label, test of a question)
-    "all": ("all", lambda p: True),
-    "overconfident": ("confident and wrong", lambda p: any((s["level"] or 0) >= 4 and not s["correct"] for s in p["sentences"])),
-    "underconfident": ("unsure and right", lambda p: any((s["level"] or 5) <= 2 and s["correct"] for s in p["sentences"])),
-    "wrong": ("wrong answer", lambda p: not p["answer_correct"]),
-    "unstated": ("no statement", lambda p: any(s["level"] is None for s in p["sentences"]) or not p["sentences"]),
-}
 
 
 def thumbnail(path: str) -> dict | None:
@@ -297,9 +279,7 @@ def write_report(predictions: list[dict], metrics: dict, path: Path, title: str,
     figures = [(name, cells[0]) for name, cells in table_columns({"": metrics}).items()][1:]
     figure, cards = plot.exists() and base64.b64encode(plot.read_bytes()).decode(), [(p, thumbnail(p["image"])) for p in shown]
     about = {"title": title, "figures": figures, "plot": figure, "levels": LEVELS, "total": len(predictions)}
-    tags = lambda p: [tag for tag, (_, test) in FILTERS.items() if test(p)]  # noqa: E731
-    filters = [(tag, label, sum(map(test, shown))) for tag, (label, test) in FILTERS.items()]
-    common.write_text(path, PAGE.render(about, cards=cards, tags=tags, filters=filters))
+    common.write_text(path, PAGE.render(about, cards=cards))
 
 
 # ------------------------------------------------------------------------------------------------------------- predictions
@@ -312,7 +292,10 @@ def is_right(prediction: str | None, record: dict, last_matches: bool) -> bool:
     belongs to India.") holds the right prediction as a phrase, or is what the chain's last sentence says (`last_matches`)."""
     if record.get("answer_is_clause"):
         phrase = bare(prediction or "")
-        return last_matches or bool(phrase) and f" {phrase} " in f" {bare(record['answer'])} "
+        some = set(phrase.split()) - set(
+            "a an and as at by for from in is it of on or so that the this to with image picture".split()
+        )
+        return last_matches or bool(some) and f" {phrase} " in f" {bare(record['answer'])} "
     alternatives = [] if record["choices"] else record.get("answers", [])
     return any(same_answer(prediction, answer) for answer in [record["answer"], *alternatives])
 

@@ -6,8 +6,7 @@ Each update samples N responses for a batch of training questions, splits them i
     R_CS  self-calibration: 1 - 2 (IV(z_t) - EV(c_t))^2, IV from the policy's own logits eq. 12
     R = alpha R_KA + beta R_EC + gamma R_CS                                              eq. 13
 then turns rewards into advantages (GAE) and takes clipped policy steps (eq. 14) with a penalty for leaving the warm-up policy.
-Reads the folder that warmup.py wrote. Writes to --out: the model, value_head.safetensors, confidence.json, log.jsonl (a line an
-update), training.png, trainer_state.pt (the same command continues an interrupted run).
+Reads the folder that warmup.py wrote. Writes the model, value_head.safetensors, confidence.json, log.jsonl, training.png.
 
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
@@ -233,8 +232,7 @@ def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list
 
 
 def known_before(roll: Rollout, judged: list) -> Tensor:
-    """What the value head is told at each token (B, T, 3) of the sentences that ended before it: I and IV of the latest one, and
-    the share of right ones; 0 in the first sentence."""
+    """What the value head is told at each token (B, T, 3) of the sentences before: I, IV of the latest, share of right ones."""
     known = torch.zeros(*roll.mask.shape, 3)
     for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         for t, step in enumerate(steps):
@@ -352,7 +350,7 @@ def train_update(
         statements = max(statements, sentences / 20, 1e-8)  # where they are few or all alike
         b_advantages = advantages / torch.where(roll.statement, statements, max(sentences, 1e-8))
         stats = update(models, optimizers["policy"], roll, b_advantages, args, seed, accelerator)
-    b_returns, b_values = returns[roll.mask].to(device), values[roll.mask].to(device)
+    b_returns = returns[roll.mask].to(device)
     epochs = args.value_epochs * (5 if value_only else 1)
     value_fit = fit_value(models.value_head, optimizers["value"], hidden, known, b_returns, epochs, seed, accelerator)
 
@@ -360,7 +358,9 @@ def train_update(
     stats |= {name: part.mean().item() for name, part in parts.items()} | level_statistics(roll.steps, judged)
     stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
     stats["kl"] = ((-logratio).exp() - 1 + logratio).sum(1).mean().item()
-    stats["explained_variance"] = 1 - ((b_returns - b_values).var() / (b_returns.var() + 1e-8)).item()
+    sampled_returns, _ = gae(penalised, torch.zeros_like(values), roll.mask, args.discount, 1.0)
+    residual = (sampled_returns - values)[roll.mask]
+    stats["explained_variance"] = 1 - (residual.var() / (sampled_returns[roll.mask].var() + 1e-8)).item()
     stats["response_length"] = roll.mask.sum(1).float().mean().item()
     stats |= {"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded}
     means = accelerator.reduce(torch.tensor(list(stats.values()), device=device), "mean")

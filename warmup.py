@@ -28,7 +28,6 @@ import torch
 import common
 from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, RUN_FLAGS, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
-UP_TO_40 = Kind(int, range(1, 41).__contains__, "must lie between 1 and 40")
 FLAGS = {
     "run": {"estimate": (TEXT, "estimate", "folder that estimate.py wrote"), "out": (TEXT, "warmup", "folder to write")}
     | RUN_FLAGS
@@ -36,7 +35,7 @@ FLAGS = {
     "data": {
         "layout": (("each", "after", "once"), "each", "a statement after each sentence, all behind the chain, or one in all"),
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
-        "statements_per_level": (UP_TO_40, 3, 40, "how many of the pool's 40 are used, evenly spaced"),
+        "statements_per_level": (Kind(int, range(1, 41).__contains__, "must be 1 to 40"), 3, 40, "of the pool's 40, evenly spaced"),
         "oracle": (SWITCH, False, "no method, a reference line: level 5 where a sentence is right and 1 where it is wrong"),
         "explore": (SHARE, 0.4, "share of statements with the level of an earlier sentence"),
     },
@@ -113,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = [line for line in common.read_jsonl(Path(args.estimate, "responses.jsonl")) if line["sentences"]]
     if args.oracle:
         args.explore = 0.0
+        unknown = any(sentence["correct"] is None for sentence in common.all_sentences(lines))
+        common.usage_error(*["--oracle needs the reference chains that given responses lack"] * unknown)
         for sentence in common.all_sentences(lines):
             sentence["level"] = N_LEVELS if sentence["correct"] else 1
     pool, n = common.load_statements(), args.statements_per_level

@@ -131,7 +131,7 @@ def test_limit_opens_no_further_image(tmp_path, monkeypatch):
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
     assert [r["id"] for r in common.load_data("aokvqa", tmp_path, "test", limit=2)] == ["q1", "q3"]
-    assert len(opened) == 3  # the first row has no question, the image of the third is missing
+    assert len(opened) == 2  # the first row has no question, the image of the third is missing
     opened.clear()
     assert len(common.load_data("aokvqa", tmp_path, "test", require_images=False)) == 11 and not opened
 
@@ -348,6 +348,7 @@ def test_hub(tmp_path, monkeypatch, capsys):
     ("The answer is unclear at first, but the answer is red.", "red"), ("So, the best choice is a hand pump.", "a hand pump"),
     ("So, the answer cannot be determined from the image.", None), ("It was answered: yes", None), ("It is red.", None),
     ("The answer is .", None), (r"So, the answer is $\boxed{12}$.", "12"), ("<answer>a red hat</answer>", "a red hat"),
+    ("I would go with a hat.", "a hat"), ("The answer is $3.50.", "$3.50"), ("The most appropriate choice is red.", "red"),
     (r"\boxed{\text{red}}", "red"), ("So, pound cake is the correct answer.", "pound cake"), ("**The answer is: *red***", "red"),
 ])  # fmt: skip
 def test_direct_answers(sentence, answer):
@@ -375,6 +376,9 @@ def test_multiple_choice(sentence, answer):
 def test_a_closing_remark_names_no_answer():
     assert common.extract_answer(["So, the answer is snow.", "Let me know if you need more."], CHOICES) == "snow"
     assert common.extract_answer(["So, the answer is a dog.", "I hope this helps!"]) == "a dog"
+    for remark in ("Option A is wrong because it is not snow.", "The choice is clear.", "This answer is based on the image."):
+        assert common.extract_answer(["So, the answer is B.", remark]) == "B"
+        assert common.extract_answer(["So, the answer is B.", remark], CHOICES) == "ice cream"
 
 
 def test_right_answers():
@@ -384,7 +388,7 @@ def test_right_answers():
     assert not right("pound cake", cake | {"choices": ["x"]})  # of a choice there is one
     clause = {"answer": "So, the artwork in the image belongs to India.", "answer_is_clause": True}
     assert [right(text, clause) for text in ("India", "the artwork", "Indi", "", None)] == [True, True, False, False, False]
-    assert right(None, clause, last=True)
+    assert not any(right(text, clause) for text in ("so", "the", "in the image")) and right(None, clause, last=True)
 
 
 def test_extraction_is_linear():

@@ -338,23 +338,8 @@ def test_report_is_standalone(predictions, tmp_path):
     assert len(text) < 400_000  # the large picture is a thumbnail
 
 
-def test_report_filters_and_limit(predictions, tmp_path):
+def test_report_limit(predictions, tmp_path):
     predictions = predictions + [question([]), question([sentence(None, True)])]
     page = Page(report(predictions, tmp_path / "report.html", limit=50))
-    cards = [card["class"].split() for card in page.all("article")]
-    assert len(cards) == 50 and f"the first 50 of {len(predictions)} questions" in " ".join(page.text.split())
-    shown, expected = predictions[:50], dict.fromkeys(ev.FILTERS, 0)
-    for p in shown:
-        levels = [(s["level"], s["correct"]) for s in p["sentences"]]
-        expected["all"] += 1
-        expected["overconfident"] += (4, False) in levels or (5, False) in levels
-        expected["underconfident"] += (1, True) in levels or (2, True) in levels
-        expected["wrong"] += not p["answer_correct"]
-        expected["unstated"] += not levels or None in [level for level, _ in levels]
-    assert all(0 < n < 50 for tag, n in expected.items() if tag != "all")
-    assert {tag: sum(tag in card for card in cards) for tag in expected} == expected
-    assert [radio["value"] for radio in page.all("input")] == list(expected)
-    labels = ["all", "confident and wrong", "unsure and right", "wrong answer", "no statement"]
-    for label, n in zip(labels, expected.values(), strict=True):
-        assert f"{label} ({n})" in page.text
-    assert "Only the first" not in Page(report(shown, tmp_path / "all.html", limit=50)).text
+    assert len(page.all("article")) == 50 and f"the first 50 of {len(predictions)} questions" in " ".join(page.text.split())
+    assert "Only the first" not in Page(report(predictions[:50], tmp_path / "all.html", limit=50)).text

@@ -102,6 +102,9 @@ SPLIT = [  # sentences as they stand in a text, "|" between them
     "Mr. Li has 3.5 apples.| It is No. 5 there.",
     "Tea, coffee, etc. are hot.",
     "The mat is red.| “Go.”| It is.",
+    "Ms. Lee sits.| A 5 lbs. bag lies here.| It is red.",
+    "The max. speed is 5.| See Figs. 2 and Eq. 3.| He came in.| The dog sat.",
+    "The man waits…| The bus comes.",
 ]
 
 
@@ -122,6 +125,14 @@ TIDY = {  # what a model writes -> its sentences
     "A. The cat is red": ["A. The cat is red."],
     "The snake_case name is 2 * 3 * 4.": ["The snake_case name is 2 * 3 * 4."],
     "...\n---\n🙂": [],
+    "**1. The cat is black.**\n**2.** The mat is red.": ["The cat is black.", "The mat is red."],
+    "1.The cat sits.\nii. The dog runs.\n◦ a mat\n(b) a hat": ["The cat sits.", "The dog runs.", "a mat.", "a hat."],
+    "1. The cat is black.\n2.": ["The cat is black."],
+    "**Analysis**\nThe cat sits.\n**The man is tall**\n**He is old**": ["The cat sits.", "The man is tall.", "He is old."],
+    "#23 is his number.\n# Title\nSeven.": ["#23 is his number.", "Seven."],
+    "The final answer is:\n\n**B**": ["The final answer is: B."],
+    "So the answer is\n**dog**": ["So the answer is dog."],
+    "<answer>\nB\n</answer>": ["<answer> B </answer>."],
 }
 
 
@@ -159,10 +170,33 @@ def test_every_statement_is_found_after_every_kind_of_sentence(reader):
         "Let me know if you need more.",
         "I can see a dog.",
         "Most of it is hidden, the rest is probably a wall.",
+        "My answer is dog.",
+        "So, my answer is B.",
+        "B is correct.",
+        "I think B is right.",
+        "I guess it's a dog.",
+        "His face shows doubt.",
+        "I'm sorry, I can't help with that.",
+        "Feel free to ask me more questions.",
+        "It is a right angle.",
+        "Nothing is wrong with the car.",
     ],
 )
 def test_no_statements(text, reader):
     assert [step.level for step in reader.parse([f"It is red. {text}"])[0]] == [None, None]
+
+
+def test_what_only_sounds_like_a_statement(reader):
+    """The tail of a sentence gives way to the statement behind it, which is in the pool."""
+    sentences = ["However, it is unclear.", "Yes, that's correct.", "It is a dog, I think.", "7."]
+    pool = common.load_statements()
+    for sentence in sentences:
+        for statement in (text for texts in pool.values() for text in texts[::5]):
+            level = next(level for level, texts in pool.items() if statement in texts)
+            if sentence == "7." and statement[0].isupper():
+                continue  # "7. I doubt it." is the seventh of a list
+            text = warmup.insert([sentence, "It is red."], [level, 3], np.random.default_rng(0), pool | {level: [statement]})
+            assert [(s.text, s.level) for s in reader.parse([text])[0]] == [(sentence, level), ("It is red.", 3)], text
 
 
 def test_fresh_paraphrases(reader):
