@@ -2,7 +2,8 @@
 
     python tests/rows.py --seeds 0 1 2 3 4 --jobs 2             # everything, in runs/; the same command goes on after a stop
     python tests/rows.py --rows SC MMBoundary --seeds 0
-    python tests/rows.py --table                                # the table alone, of what is there; no model
+    python tests/rows.py --seeds 0 1 2 --rows SC --save figures.json     # and keep the figures of what is there
+    python tests/rows.py --table tests/table1.json              # the tables in the README, no model
 
 A row is a line of ROWS, its runs are lines of RUNS: {name} is another run's folder, so rows share what they have in common. What is
 finished is checked by the scripts themselves (settings and inputs, by fingerprint) and not repeated. Intervals are 95% of the mean
@@ -14,6 +15,7 @@ starts from there. With a real model they are the prompt alone, which is not her
 """
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 import traceback
@@ -136,42 +138,54 @@ def run_seed(job: tuple) -> None:
             print(f"seed {seed}, {row}: failed\n{traceback.format_exc()}", file=sys.stderr)
 
 
+NAMES = ("ece", "mece", "brier_skill", "auroc_sentence", "reasoning", "accuracy", "f1")
+
+
+def collect(root: Path, seeds: list[int]) -> dict:
+    """What the tables show of every result that is there: {data: {row: {seed: NAMES and the shares of levels 1 to 5}}}."""
+    found: dict = {data: {} for data in DATA}
+    for data, row, seed in itertools.product(DATA, ROWS, seeds):
+        path = results(root, seed, row, data) / "metrics.json"
+        if path.exists():
+            metrics = common.read_json(path)
+            shown = {name: metrics["reasoning"]["auroc_sentence"] if name == "reasoning" else metrics[name] for name in NAMES}
+            counts = [metrics["level_histogram"][str(level)] for level in range(1, 6)]
+            shown["levels"] = [count / max(sum(counts), 1) for count in counts]
+            found[data].setdefault(row, {})[str(seed)] = shown
+    return found
+
+
 def interval(values: np.ndarray) -> str:
     """Mean and half of the 95% interval (t) over seeds."""
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
     return f"{values.mean():.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
 
-def make_table(root: Path, seeds: list[int], data: str) -> str:
-    """Markdown, from metrics.json alone; rows without results are left out."""
-    names = ("ece", "mece", "brier_skill", "auroc_sentence", "reasoning", "accuracy", "f1")
-    found: dict[str, dict[int, list]] = {}
-    for row in ROWS:
-        for seed in seeds:
-            folder = results(root, seed, row, data)
-            if (folder / "metrics.json").exists():
-                metrics = common.read_json(folder / "metrics.json")
-                cells = [metrics["reasoning"]["auroc_sentence"] if name == "reasoning" else metrics[name] for name in names]
-                counts = np.array([metrics["level_histogram"][str(level)] for level in range(1, 6)])
-                levels = 100 * counts / max(counts.sum(), 1)
-                found.setdefault(row, {})[seed] = [*(np.nan if cell is None else cell for cell in cells), *levels]
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's correction of p-values (1979)."""
+    corrected, worst = {}, 0.0
+    for rank, row in enumerate(sorted(p, key=p.get)):
+        worst = max(worst, min(1.0, p[row] * (len(p) - rank)))
+        corrected[row] = worst
+    return corrected
+
+
+def make_table(found: dict[str, dict[str, dict]]) -> str:
+    """Markdown of {row: {seed: what `collect` keeps}}."""
     ours, p = found.get("MMBoundary", {}), {}
     for row, of in found.items():
         both = sorted(set(of) & set(ours))
         if row != "MMBoundary" and len(both) > 1:
-            p[row] = stats.ttest_rel([of[seed][1] for seed in both], [ours[seed][1] for seed in both]).pvalue
-    holm, worst = {}, 0.0
-    for rank, row in enumerate(sorted(p, key=p.get)):
-        worst = max(worst, min(1.0, p[row] * (len(p) - rank)))
-        holm[row] = worst
+            p[row] = stats.ttest_rel([of[seed]["mece"] for seed in both], [ours[seed]["mece"] for seed in both]).pvalue
+    corrected = holm(p)
     lines = ["| row | seeds | ECE↓ | MECE↓ | p | Brier skill↑ | AUROC↑ | reasoning | Acc↑ | F1↑ | levels 1-5, % | in the paper |"]
     lines.append("|" + "---|" * 12)
     for row, of in found.items():
-        values = np.array([of[seed] for seed in sorted(of)])
-        cells = [interval(values[:, i]) for i in range(len(names))]
-        levels, paper = " ".join(f"{share:.0f}" for share in values[:, len(names) :].mean(0)), ROWS[row][2]
-        published = " ".join(f"{value:.3f}" for value in paper) if paper else ""
-        cells[2:2] = [f"{holm[row]:.3f}" if row in holm else ""]
+        runs = [of[seed] for seed in sorted(of)]
+        cells = [interval(np.array([np.nan if run[name] is None else run[name] for run in runs])) for name in NAMES]
+        cells[2:2] = [f"{corrected[row]:.3f}" if row in corrected else ""]
+        levels = " ".join(f"{100 * share:.0f}" for share in np.mean([run["levels"] for run in runs], 0))
+        published = " ".join(f"{value:.3f}" for value in ROWS[row][2] or ())
         lines.append(f"| {row} | {len(of)} | {' | '.join(cells)} | {levels} | {published} |")
     return "\n".join(lines)
 
@@ -181,7 +195,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time, in processes of one thread each")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there and run nothing")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of figures that --save kept, and run nothing")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the figures of the tables in a small JSON file")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     for script in SCRIPTS:
         parser.add_argument(f"--{script}", default="", metavar="FLAGS", help=f"more flags for every {script}.py")
@@ -190,8 +205,11 @@ def main() -> None:
         options = {script: getattr(args, script).split() for script in SCRIPTS}
         with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
             pool.map(run_seed, [(args.out, seed, args.rows, options) for seed in args.seeds], chunksize=1)
+    found = common.read_json(args.table) if args.table else collect(args.out, args.seeds)
+    if args.save:
+        common.write_json(args.save, found)
     for data in DATA:
-        print(f"\n{data}\n{make_table(args.out, args.seeds, data)}")
+        print(f"\n{data}\n\n{make_table(found[data])}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The methods that MMBoundary is compared with: where their statements stand, what their levels come from, their reward."""
 
+from pathlib import Path
+
 import conf_csr
 import numpy as np
 import pytest
+import rows
 import scripted
 import torch
 
@@ -164,3 +167,38 @@ def test_conf_csr_on_digits(cache, tmp_path):
             u = common.fuse(np.array([[sentence[name] for name in common.ESTIMATORS]]), confidence)
             assert said["level"] == common.to_level(u, confidence)[0]
     assert evaluate.compute_metrics(predictions)["coverage"] == 1
+
+
+def test_the_tables_of_the_readme():
+    """They are printed from the figures that were kept; mean, interval and Holm's correction by hand."""
+    kept, readme = common.read_json(Path(__file__).with_name("table1.json")), Path(__file__).parents[1] / "README.md"
+    for data in rows.DATA:
+        assert rows.make_table(kept[data]) in readme.read_text(encoding="utf-8")
+    assert rows.interval(np.array([0.1, 0.2, 0.3])) == "0.200 ± 0.248"  # 4.303 x 0.1 / sqrt 3
+    assert rows.interval(np.array([0.25])) == "0.250"
+    assert rows.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_every_row_can_be_made():
+    """Each run of the comparison names runs that exist, scripts that exist and flags that they know."""
+    for name, command in rows.RUNS.items():
+        script, *flags = command.split()
+        assert all(flag[1:-1] in rows.RUNS for flag in flags if flag[0] == "{"), name
+        module = {"estimate": estimate, "warmup": warmup, "ppo": ppo, "conf_csr": conf_csr}[script]
+        module.parse_args([*flags, "--out", "x"])
+    assert all(run in rows.RUNS for run, _, _ in rows.ROWS.values())
+
+
+def test_rows_share_and_go_on(tmp_path, monkeypatch, capsys):
+    """What two rows have in common is made once; a row that fails is named and the others are made; the table needs no model."""
+    made, options = [], dict.fromkeys(rows.SCRIPTS, ())
+    fakes = {script: lambda argv, script=script: made.append((script, argv)) for script in ("estimate", "warmup")}
+    fakes["ppo"] = lambda argv: 1 / 0
+    monkeypatch.setattr(rows, "SCRIPTS", fakes)
+    monkeypatch.setattr(evaluate, "main", lambda argv: made.append(("evaluate", argv)))
+    rows.run_seed((tmp_path, 7, ["w/o RL", "w/o R_EC", "DPS"], options))
+    assert [script for script, _ in made].count("estimate") == 2  # "estimate" once, and "random"
+    assert [argv[argv.index("--ckpt") + 1] for script, argv in made if script == "evaluate"] == [
+        str(tmp_path / "seed7" / name) for name in ("no_rl", "no_rl", "dps", "dps")
+    ]
+    assert all(argv[argv.index("--seed") + 1] == "7" for _, argv in made) and "w/o R_EC: failed" in capsys.readouterr().err
