@@ -60,6 +60,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
+NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
 INPUTS = ("estimate", "ckpt", "responses")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
 LOCKS: dict[Path, int] = {}  # of the folders that this process works on
@@ -694,6 +695,7 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
 
 
 def reference_chain(record: dict) -> list[str]:
+    """All sentences of a record's reference chain, image level first."""
     return record["reference"]["image"] + record["reference"]["reasoning"]
 
 
@@ -1204,9 +1206,7 @@ class ClipScorer:
         return self.windows(" ".join(words[:half])) + self.windows(" ".join(words[half:]))
 
 
-def uncertainties(
-    records, responses, steps: list[list[Step]], logprob: Tensor, entropy: Tensor, clip, similarity
-) -> list[np.ndarray]:
+def uncertainties(records, responses, steps: list, logprob: Tensor, entropy: Tensor, clip, similarity) -> list[np.ndarray]:
     """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS; logprob, entropy
     (B, T): of the response tokens, from `response_statistics`."""
     sentences = [(row, step) for row, found in enumerate(steps) for step in found]
@@ -1231,6 +1231,7 @@ def uncertainties(
 
 
 def all_sentences(lines: list[dict]) -> list[dict]:
+    """The sentences of all responses, in order."""
     return [sentence for line in lines for sentence in line["sentences"]]
 
 
@@ -1261,9 +1262,22 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, m
             sentence["n_tokens"] = len(step_tokens(response.offsets, step.start, step.end))
             sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
             sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
-        finished = response.ids[-1] in vlm.end_tokens
-        lines.append(record | {"response": response.text, "sentences": sentences, "finished": finished})
+        line = {"response": response.text, "sentences": sentences, "finished": response.ids[-1] in vlm.end_tokens}
+        lines.append(record | line)
     return lines
+
+
+def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
+    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,)."""
+    shares = [np.zeros(len(chain)) for chain in chains]
+    with images_encoded_once(vlm):
+        prompts = collate(vlm, records)
+        for draw in range(n):
+            ids = generate(vlm, prompts, 1.0, max_new_tokens, seed + 1_000_003 * (draw + 1))
+            drawn = [[step.text for step in split_steps(read_response(vlm.tokenizer, tokens).text)] for tokens in ids]
+            for share, matched in zip(shares, matcher(chains, drawn), strict=True):
+                share += matched.any(1) / n
+    return shares
 
 
 def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
@@ -1422,15 +1436,10 @@ class StatementReader:
         self.levels([part for sentences in split for _, raw in sentences for part in (raw, raw.rpartition(", ")[2])])  # in one go
         parsed = []
         for text, sentences in zip(texts, split, strict=True):
-            steps: list[Step] = []
             if self.layout != "each":
-                levels = self.levels([raw for _, raw in sentences])
-                said = [(step, level) for (step, _), level in zip(sentences, levels, strict=True) if level]
-                steps = [step for (step, _), level in zip(sentences, levels, strict=True) if not level]
-                said = said[:1] * len(steps) if self.layout == "once" else said
-                for step, (statement, level) in zip(steps, said, strict=False):
-                    step.statement, step.level, step.said, step.stop = statement.text, level, statement.start, statement.stop
-                sentences = ()
+                parsed.append(self._match_behind(sentences))
+                continue
+            steps: list[Step] = []
             for (step, raw), (_, behind) in zip(sentences, [*sentences[1:], (None, "")], strict=False):
                 gap, level = self._find_clause(raw)
                 if level and self._known(plain(behind)) and not self._known(plain(raw[gap.end() :])):
@@ -1447,6 +1456,15 @@ class StatementReader:
                     steps.append(step)
             parsed.append(steps)
         return parsed
+
+    def _match_behind(self, sentences: list[tuple[Step, str]]) -> list[Step]:
+        """Layouts `after` and `once`: all sentences, then the statements, each given to its sentence in order, or one to all."""
+        levels = self.levels([raw for _, raw in sentences])
+        found = [(step, level) for (step, _), level in zip(sentences, levels, strict=True)]
+        steps, said = [step for step, level in found if not level], [(step, level) for step, level in found if level]
+        for step, (statement, level) in zip(steps, said[:1] * len(steps) if self.layout == "once" else said, strict=False):
+            step.statement, step.level, step.said, step.stop = statement.text, level, statement.start, statement.stop
+        return steps
 
     def _find_clause(self, sentence: str) -> tuple[re.Match | None, int | None]:
         """What stands between a sentence and its statement (a comma, or a stop taken for an abbreviation's), and the level: the
@@ -1491,19 +1509,6 @@ class StatementReader:
 
 
 # ---------------------------------------------------------------------------------------------------------------- matching
-def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
-    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,)."""
-    shares = [np.zeros(len(chain)) for chain in chains]
-    with images_encoded_once(vlm):
-        prompts = collate(vlm, records)
-        for draw in range(n):
-            ids = generate(vlm, prompts, 1.0, max_new_tokens, seed + 1_000_003 * (draw + 1))
-            drawn = [[step.text for step in split_steps(read_response(vlm.tokenizer, tokens).text)] for tokens in ids]
-            for share, matched in zip(shares, matcher(chains, drawn), strict=True):
-                share += matched.any(1) / n
-    return shares
-
-
 def auroc(confidence: Sequence, correct: Sequence) -> float:
     """Area under the ROC curve: the chance that a right one (N,) has more confidence than a wrong one; NaN without both kinds."""
     return float(roc_auc_score(correct, confidence)) if len(set(map(bool, correct))) == 2 else math.nan  # eq. 18

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import common
 from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT
 
-LEVELS = ("sigma", "uniform", "calibrated", "consistency", "random")
+LEVELS_BY = ("sigma", "uniform", "calibrated", "consistency", "random")
 FLAGS = {
     "data": {
         "data": (("digits", *PUBLISHED), ["digits"], "data sets, one or more; their training splits are answered"),
@@ -61,7 +61,7 @@ FLAGS = {
         "weights": (NOT_NEGATIVE._replace(nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
         "normalize": (("minmax", "rank"), "minmax", "each U by minimum and maximum (eq. 7), or by rank, which no outlier squeezes"),
-        "levels": (LEVELS, "sigma", "mu and sigma, fifths, by the share of right sentences, by self-consistency, or at random"),
+        "levels": (LEVELS_BY, "sigma", "mu and sigma, fifths, by the share of right sentences, by self-consistency, or at random"),
         "samples": (COUNT, 10, "responses that --levels consistency samples a question"),
         "relevel": (TEXT, None, "take the measured responses of this estimate folder, with other weights, fusion or levels"),
         "snowball": (SWITCH, False, "a sentence is at least as uncertain as those before it"),
@@ -72,9 +72,8 @@ FLAGS = {
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     problems = ["--weights must not be all 0"] * (not any(args.weights))
-    problems += ["--levels calibrated needs reference chains, which given responses lack"] * (
-        args.levels == "calibrated" and bool(args.responses)
-    )
+    blind = args.levels == "calibrated" and bool(args.responses)
+    problems += ["--levels calibrated needs reference chains, which given responses lack"] * blind
     problems += ["--relevel takes measured responses, --responses measures others"] * bool(args.relevel and args.responses)
     if args.responses and not Path(args.responses).is_file():
         problems.append(f"no such file: {args.responses}")
@@ -273,7 +272,7 @@ def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     levels = common.to_level(u, confidence)
     if args.levels == "consistency":
         u = 1 - np.array([sentence["consistency"] for sentence in sentences])
-        levels = common.to_level(u, {"edges": [0.125, 0.375, 0.625, 0.875]})  # the nearest
+        levels = common.to_level(u, common.NEAREST)
     elif args.levels == "random":
         levels = np.random.default_rng(args.seed).integers(1, common.N_LEVELS + 1, len(u))
     for sentence, value, level in zip(sentences, u, levels, strict=True):
@@ -288,10 +287,7 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
     if normalize == "rank":
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
-    if set(correct) == {
-        True,
-        False,
-    }:  # for comparison only: what the four together tell of the truth, fitted on the training sentences
+    if set(correct) == {True, False}:  # for comparison only: what the four tell of the truth, on the training sentences
         logistic = LogisticRegression().fit(common.normalize(raw, confidence), correct)
         confidence["logistic"] = [*logistic.coef_[0].tolist(), float(logistic.intercept_[0])]
     u = common.fuse(raw, confidence, starts)
@@ -360,10 +356,10 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     roots = (Path(args.responses).parent, args.data_dir or args.cache)
     blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
     for record in given:
-        parts, flaw = record.get("reference", blank["reference"]), "malformed reference or choices"
+        parts = record.get("reference", blank["reference"])
         lists = [parts.get("image"), parts.get("reasoning"), record.get("choices") or []] if isinstance(parts, dict) else [None]
         sound = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
-        record["flaw"] = None if sound else flaw
+        record["flaw"] = None if sound else "malformed reference or choices"
     records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
     return setup, [{"id": i} | blank | record for i, record in enumerate(records)]
 
@@ -377,10 +373,10 @@ def main(argv: list[str] | None = None) -> None:
     if run.accelerator.is_main_process:
         build_digits_world(args, [setup["model"], setup["clip"]])
     run.accelerator.wait_for_everyone()
-    matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
-    new = not args.relevel
-    clip = common.ClipScorer(setup["clip"], run.device) if new else None
-    vlm = common.load_model(setup["model"], args, run.device) if new or args.levels == "consistency" else None
+    if not args.relevel:
+        clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
+    if not args.relevel or args.levels == "consistency":
+        matcher, vlm = common.Matcher(setup["matcher"], device=run.device), common.load_model(setup["model"], args, run.device)
 
     def answer(batch: list[dict], start: int) -> list[dict]:
         seed = args.seed * 1_000_000 + start
@@ -390,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
                 return common.response_ids(vlm, [record["response"] for record in batch])
             return common.generate(vlm, prompts, args.temperature, args.max_new_tokens, seed)
 
-        lines = common.measure(vlm, batch, sample, clip, similarity, matcher) if new else batch
+        lines = batch if args.relevel else common.measure(vlm, batch, sample, clip, similarity, matcher)
         if args.levels == "consistency":
             chains = [[sentence["text"] for sentence in line["sentences"]] for line in lines]
             shares = common.self_consistency(vlm, batch, chains, matcher, args.samples, args.max_new_tokens, seed)

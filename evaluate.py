@@ -31,6 +31,7 @@ from common import COUNT, DIGITS, ESTIMATORS, NATURAL, POSITIVE, PUBLISHED, RUN_
 
 LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
+FILLERS = set("a an and as at by for from in is it of on or so that the this to with image picture".split())  # answer nothing
 FLAGS = {
     "run": {"ckpt": (TEXT, "ppo", "folder of ppo.py, warmup.py or of a base model"), "out": (TEXT, "results", "folder to write")}
     | RUN_FLAGS,
@@ -292,10 +293,7 @@ def is_right(prediction: str | None, record: dict, last_matches: bool) -> bool:
     belongs to India.") holds the right prediction as a phrase, or is what the chain's last sentence says (`last_matches`)."""
     if record.get("answer_is_clause"):
         phrase = bare(prediction or "")
-        some = set(phrase.split()) - set(
-            "a an and as at by for from in is it of on or so that the this to with image picture".split()
-        )
-        return last_matches or bool(some) and f" {phrase} " in f" {bare(record['answer'])} "
+        return last_matches or bool(set(phrase.split()) - FILLERS) and f" {phrase} " in f" {bare(record['answer'])} "
     alternatives = [] if record["choices"] else record.get("answers", [])
     return any(same_answer(prediction, answer) for answer in [record["answer"], *alternatives])
 
@@ -315,8 +313,9 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
     matches = matcher(chains, list(map(common.reference_chain, records)))
     if consistency:
         shares = common.self_consistency(vlm, records, chains, matcher, consistency, max_new_tokens, seed)
-        for step, share in zip(itertools.chain(*parsed), np.concatenate(shares), strict=True):
-            step.level = int(4 * share + 1.5)  # the nearest
+        levels = common.to_level(1 - np.concatenate(shares), common.NEAREST).tolist()
+        for step, level in zip(itertools.chain(*parsed), levels, strict=True):
+            step.level = level
     for record, text, steps, matched in zip(records, texts, parsed, matches, strict=True):
         n_image, sentences = len(record["reference"]["image"]), []
         for i, step in enumerate(steps):

@@ -54,11 +54,16 @@ def dpo_loss(logprob: Tensor, ref_logprob: Tensor, beta: float) -> Tensor:
     return -torch.nn.functional.logsigmoid(beta * (preferred - other)).mean()
 
 
+def raw_of(line: dict) -> np.ndarray:
+    """The raw uncertainties (sentences, 4) of a measured response."""
+    raw = [[sentence[name] for name in common.ESTIMATORS] for sentence in line["sentences"]]
+    return np.array(raw).reshape(-1, len(common.ESTIMATORS))
+
+
 def self_rewards(lines: list[dict], confidence: dict) -> list[float]:
     """The mean reward 1 - U of each response's sentences; 0 without a sentence."""
     rewards = []
-    for line in lines:
-        raw = np.array([[s[name] for name in common.ESTIMATORS] for s in line["sentences"]]).reshape(-1, len(common.ESTIMATORS))
+    for raw in map(raw_of, lines):
         rewards.append(float(1 - common.fuse(raw, confidence).mean()) if len(raw) else 0.0)
     return rewards
 
@@ -74,8 +79,7 @@ def levels_of(lines: list[dict], confidence: dict, matcher) -> list[dict]:
     for line in lines:
         texts = [s["text"] for s in line["sentences"]]
         covered = matcher([texts], [common.reference_chain(line)])[0].any(0).tolist()
-        raw = np.array([[s[name] for name in common.ESTIMATORS] for s in line["sentences"]]).reshape(-1, len(common.ESTIMATORS))
-        levels = common.to_level(common.fuse(raw, confidence), confidence).tolist() if len(raw) else []
+        levels = common.to_level(common.fuse(raw_of(line), confidence), confidence).tolist() if texts else []
         sentences = [s | {"statement": None, "level": level} for s, level in zip(line["sentences"], levels, strict=True)]
         answer, n_image = common.extract_answer(texts, line["choices"]), len(line["reference"]["image"])
         right = evaluate.is_right(answer, line, bool(texts) and bool(line["sentences"][-1]["correct"]))
