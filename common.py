@@ -1268,16 +1268,18 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, m
 
 
 def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
-    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,)."""
-    shares = [np.zeros(len(chain)) for chain in chains]
+    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,), and
+    how many tokens were drawn for each (B,)."""
+    shares, spent = [np.zeros(len(chain)) for chain in chains], np.zeros(len(chains), dtype=int)
     with images_encoded_once(vlm):
         prompts = collate(vlm, records)
         for draw in range(n):
             ids = generate(vlm, prompts, 1.0, max_new_tokens, seed + 1_000_003 * (draw + 1))
+            spent += [len(tokens) for tokens in ids]
             drawn = [[step.text for step in split_steps(read_response(vlm.tokenizer, tokens).text)] for tokens in ids]
             for share, matched in zip(shares, matcher(chains, drawn), strict=True):
                 share += matched.any(1) / n
-    return shares
+    return shares, spent
 
 
 def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:

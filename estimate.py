@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = batch if args.relevel else common.measure(vlm, batch, sample, clip, similarity, matcher)
         if args.levels == "consistency":
             chains = [[sentence["text"] for sentence in line["sentences"]] for line in lines]
-            shares = common.self_consistency(vlm, batch, chains, matcher, args.samples, args.max_new_tokens, seed)
+            shares, _ = common.self_consistency(vlm, batch, chains, matcher, args.samples, args.max_new_tokens, seed)
             for sentence, share in zip(common.all_sentences(lines), np.concatenate(shares), strict=True):
                 sentence["consistency"] = float(share)
         return lines

@@ -110,15 +110,30 @@ def brier_skill(confidence, correct) -> float:
     return 1 - brier(confidence, correct) / (p * (1 - p)) if 0 < p < 1 else math.nan
 
 
-def aurc(confidence, correct) -> float:
-    """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017): the mean over k = 1..N of the error rate among the k most
-    confident. Within a tie each sentence carries the tie's mean error, the expectation over random orders."""
+def risk_coverage(confidence, correct) -> np.ndarray:
+    """Error rate (N,) among the k most confident, k = 1..N (Geifman & El-Yaniv, 2017). Within a tie each carries the tie's mean
+    error, the expectation over random orders."""
     confidence, error = np.asarray(confidence, dtype=float), 1 - np.asarray(correct, dtype=float)
-    risk = []  # of each sentence, most confident first
-    for value in np.unique(confidence)[::-1]:
-        tied = error[confidence == value]
-        risk += [tied.mean()] * len(tied)
-    return mean(np.cumsum(risk) / np.arange(1, len(risk) + 1))
+    for value in np.unique(confidence):
+        error[confidence == value] = error[confidence == value].mean()
+    return np.cumsum(error[np.argsort(-confidence)]) / np.arange(1, len(error) + 1)
+
+
+def aurc(confidence, correct) -> float:
+    """Area under the risk-coverage curve: its mean."""
+    return mean(risk_coverage(confidence, correct))
+
+
+def prr(confidence, correct) -> float:
+    """Prediction rejection ratio (Malinin & Gales, 2021): how much of the way from random order (0) to the best one (1)."""
+    worst, best = 1 - mean(correct), aurc(correct, correct)
+    return (worst - aurc(confidence, correct)) / (worst - best) if len(set(correct)) == 2 else math.nan
+
+
+def selective_accuracy(confidence, correct, coverage: float) -> float:
+    """Accuracy of the most confident share `coverage` of the answers."""
+    n = math.ceil(coverage * len(correct))
+    return 1 - float(risk_coverage(confidence, correct)[n - 1]) if n else math.nan
 
 
 def sentence_metrics(predictions: list[dict]) -> dict:
@@ -148,8 +163,10 @@ def compute_metrics(predictions: list[dict]) -> dict:
     metrics["accuracy"] = mean([bool(p["answer_correct"]) for p in predictions])
     metrics["direct_answer"] = mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct])
     metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
+    metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])
     metrics["level_histogram"] = {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)}
-    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": aurc(confidence, correct)}
+    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": aurc(confidence, correct), "prr": prr(confidence, correct)}
+    metrics["selective_80"] = selective_accuracy(answer_confidence, answer_correct, 0.8)
     metrics |= {"mece_constant": constant, "mece_constant_level": constant_level}
     metrics |= {part: sentence_metrics(only(predictions, part)) for part in PARTS}
     return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
@@ -308,22 +325,23 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
     sentence is not what is said, but how many of so many sampled responses hold it (the baseline SC)."""
     ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
     texts = [common.read_response(vlm.tokenizer, tokens).text for tokens in ids]
-    parsed = reader.parse(texts)
+    parsed, spent = reader.parse(texts), np.array([len(tokens) for tokens in ids])
     chains, predictions = [[step.text for step in steps] for steps in parsed], []
     matches = matcher(chains, list(map(common.reference_chain, records)))
     if consistency:
-        shares = common.self_consistency(vlm, records, chains, matcher, consistency, max_new_tokens, seed)
+        shares, drawn = common.self_consistency(vlm, records, chains, matcher, consistency, max_new_tokens, seed)
+        spent = spent + drawn
         levels = common.to_level(1 - np.concatenate(shares), common.NEAREST).tolist()
         for step, level in zip(itertools.chain(*parsed), levels, strict=True):
             step.level = level
-    for record, text, steps, matched in zip(records, texts, parsed, matches, strict=True):
+    for record, text, steps, matched, n_tokens in zip(records, texts, parsed, matches, spent.tolist(), strict=True):
         n_image, sentences = len(record["reference"]["image"]), []
         for i, step in enumerate(steps):
             sentence = {"text": step.text, "statement": step.statement, "level": step.level}
             sentences.append(sentence | {"correct": bool(matched[i].any()), "part": common.part_of(record, i)})
         covered = matched.any(0).tolist()
         answer = common.extract_answer([step.text for step in steps], record["choices"])
-        prediction = record | {"response": text, "prediction": answer, "sentences": sentences}
+        prediction = record | {"response": text, "n_tokens": n_tokens, "prediction": answer, "sentences": sentences}
         prediction["answer_correct"] = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
         predictions.append(prediction | {"covered": {"image": covered[:n_image], "reasoning": covered[n_image:]}})
     return predictions

@@ -57,12 +57,14 @@ def test_self_consistency_is_the_share_that_agrees(monkeypatch):
 
     monkeypatch.setattr(common, "generate", generate)
     records, chains, exact = [scripted.record(3, 5)] * 2, [["It is 3.", "It is 5."], ["It is 9."]], common.Matcher("exact")
-    a, b = common.self_consistency(vlm, records, chains, exact, 8, 12, 0)
+    (a, b), spent = common.self_consistency(vlm, records, chains, exact, 8, 12, 0)
     assert a.tolist() == [0.75, 0.25] and b.tolist() == [1.0]
+    assert spent.tolist() == [8 * len(ids[text]) for text in ("It is 3.", "It is 9. It is 3.")]
     assert len(set(seeds)) == 8 and {temperature for temperature, _ in seeds} == {1.0}
     seeds[:] = [(0, 0)] * 3  # so that the greedy response is the fourth, and the samples begin anew
     predictions = evaluate.predict(vlm, common.StatementReader(), exact, records, 12, 0, consistency=8)
     assert [[s["level"] for s in p["sentences"]] for p in predictions] == [[4], [5, 5]]
+    assert predictions[1]["n_tokens"] == 9 * len(ids["It is 9. It is 3."])  # the samples count
 
 
 def test_levels_of_baselines():

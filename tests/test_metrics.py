@@ -161,6 +161,17 @@ def test_aurc_does_not_depend_on_the_order_of_the_input(pairs):
     assert ev.aurc([0.5, 0.5], [1, 0]) == pytest.approx(0.5)
 
 
+def test_selective_answering():
+    confidence, correct = [0.25, 1.0, 0.5, 0.5, 0.75], [0, 1, 1, 0, 1]
+    assert ev.selective_accuracy(confidence, correct, 0.4) == 1  # the two most confident
+    assert ev.selective_accuracy(confidence, correct, 0.6) == pytest.approx(2.5 / 3)  # one of two equals, half right
+    assert ev.selective_accuracy(confidence, correct, 0.8) == pytest.approx(3 / 4)
+    assert ev.prr(correct, correct) == 1 and ev.prr([1] * 5, correct) == pytest.approx(0)
+    worst, best = 2 / 5, np.mean([0, 0, 0, 1 / 4, 2 / 5])
+    assert ev.prr(confidence, correct) == pytest.approx((worst - ev.aurc(confidence, correct)) / (worst - best))
+    assert np.isnan(ev.prr([0.5, 1], [1, 1])) and np.isnan(ev.selective_accuracy([], [], 0.8))
+
+
 def test_chain_f1_of_the_papers_example():
     """Appendix D.3: Prediction = 4, Reference = 6, Matched = 3, Covered = 3."""
     sentences = [sentence(5, True), sentence(4, True), sentence(3, True, "reasoning"), sentence(2, False, "reasoning")]
@@ -193,6 +204,9 @@ KEYS = PART_KEYS | {
     "level_histogram",
     "brier_skill",
     "aurc",
+    "prr",
+    "selective_80",
+    "tokens",
     "mece_constant",
     "mece_constant_level",
     "image",
@@ -239,6 +253,7 @@ def test_json_is_valid_plain_and_repeatable(predictions):
 
 def test_degenerate_predictions():
     undefined = {"ece", "mece", "auroc", "auroc_sentence", "brier", "brier_skill", "aurc", "mece_constant", "mece_constant_level"}
+    undefined |= {"prr", "selective_80"}
     empty = ev.compute_metrics([])
     assert all(empty[k] is None for k in undefined | {"coverage", "accuracy", "precision", "recall", "f1"})
     assert empty["n_questions"] == empty["n_sentences"] == 0
