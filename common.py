@@ -25,6 +25,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -61,9 +62,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
 NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
-INPUTS = ("estimate", "ckpt", "responses")  # flags that name what a run reads
+INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
 LOCKS: dict[Path, int] = {}  # of the folders that this process works on
+NEW: set[Path] = set()  # those that it made
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
@@ -79,7 +81,7 @@ QUESTION_PROMPT = (
 # What a flag takes: the type of a value, which values are allowed, how to say so, how many there are.
 Kind = namedtuple("Kind", "type allowed rule nargs", defaults=(lambda value: True, "", None))
 COUNT = Kind(int, lambda n: n > 0, "must be positive")
-NATURAL = Kind(int, lambda n: n >= 0, "must not be negative")
+NATURAL = Kind(int, lambda n: 0 <= n < 2**32, "must be 0 to 4294967295")
 POSITIVE = Kind(float, lambda x: 0 < x < math.inf, "must be positive")
 NOT_NEGATIVE = Kind(float, lambda x: 0 <= x < math.inf, "must not be negative")
 SHARE = Kind(float, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
@@ -102,8 +104,12 @@ TRAINING_FLAGS = {
 
 
 def usage_error(*problems: str) -> None:
-    """Print all problems on one line of stderr and exit with code 2; does nothing without a problem."""
+    """Print all problems on one line of stderr, leave no new folder behind that holds nothing, and exit with code 2."""
     if problems:
+        while NEW:
+            folder = NEW.pop()
+            if {path.name for path in folder.iterdir()} <= {"run.json"}:
+                shutil.rmtree(folder)
         print(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -149,11 +155,11 @@ def fill_defaults(args: argparse.Namespace, groups: dict[str, dict], data: str) 
 
 @contextlib.contextmanager
 def loading(what: str, name) -> Iterator[None]:
-    """What cannot be loaded (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
+    """What cannot be used (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
     try:
         yield
     except Exception as error:  # each library raises its own kinds
-        usage_error(f"{what} {name} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:240]})")
+        usage_error(f"{what} {name} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:240]})")
 
 
 # ------------------------------------------------------------------------------------------------------------- run folders
@@ -204,6 +210,15 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
     return records
 
 
+def read_finished(folder: str | Path, name: str) -> list[dict]:
+    """The records of a file that an earlier stage has finished; exits with code 2 where one is damaged or its picture is gone."""
+    records = read_jsonl(Path(folder, name), own=False)
+    usage_error(*[f"{folder}/{name} holds no question"] * (not records))
+    gone = [str(record.get("image")) for record in records if not os.path.isfile(str(record.get("image")))]
+    usage_error(*[f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}" for _ in gone[:1]])
+    return records
+
+
 def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
@@ -214,13 +229,16 @@ def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
 
 
 def read_run(folder: str | Path, *needed: str) -> dict:
-    """The record run.json of a finished run; exits with code 2 where there is none or one of the `needed` files is missing."""
+    """The record run.json of a finished run; exits with code 2 where there is none, one of the `needed` files is missing, or some
+    file is not what the run left (who edits one empties `done`)."""
     folder = Path(folder)
     if not folder.is_dir():
         usage_error(f"no such folder: {folder}/")
     missing = [name for name in ("run.json", *needed, "done") if not (folder / name).exists()]
     if missing:
         usage_error(f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
+    changed = (folder / "done").read_text() not in ("", fingerprint(folder))
+    usage_error(*[f"{folder}/ is damaged or was edited since its run ended (an empty {folder}/done allows that)"] * changed)
     return read_object(folder / "run.json", "stage", "args", "setup")
 
 
@@ -254,7 +272,7 @@ class Run:
 
     def _take_folder(self, resolved: dict, inputs: Iterable[str], overwrite: bool) -> None:
         """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
-        out = self.out.resolve()
+        out, new = Path(os.path.realpath(self.out)), not os.path.exists(self.out)
         for path in (Path(path).resolve() for path in inputs):
             if path.is_dir() and (out == path or path in out.parents or out in path.parents):
                 usage_error(f"--out {self.out} is, holds or lies in a folder that is read; choose another")
@@ -271,6 +289,7 @@ class Run:
             usage_error(f"another run is at work in {self.out}/")
         except OSError as error:
             usage_error(f"--out {self.out} cannot be written: {error}")
+        NEW.update([out] * new)
         if held and overwrite:
             for path in sorted(self.out.iterdir(), key=lambda path: path.name == "run.json"):  # the record last
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -290,6 +309,7 @@ class Run:
         """The finish mark, after everything else: what came out, in short."""
         self.write(lambda path: write_text(path, fingerprint(self.out)), "done")
         self.accelerator.end_training()
+        self.write(lambda path: os.close(LOCKS.pop(Path(os.path.realpath(path)))), "")
 
 
 def fingerprint(path: str | Path) -> str:
@@ -303,7 +323,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def run_script(main: Callable) -> None:
-    """main() as a script: an interruption ends it with one line and the exit code that shells expect."""
+    """main() as a script: an interruption or a full disk ends it with one line and the exit code that shells expect."""
 
     def stop(number, _) -> None:
         print(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
@@ -311,7 +331,11 @@ def run_script(main: Callable) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    main()
+    try:
+        main()
+    except OSError as error:
+        print(f"stopped: {error}; the same command goes on", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
@@ -480,13 +504,16 @@ def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int 
     """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}]; the first n are the
     same for every limit. Images are rendered into `cache` once."""
     folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with loading("--cache", cache):
+        folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index in range(limit):
         rng = np.random.default_rng([seed, list(POOLS).index(split), DIGITS.index(name), index])
         pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")
         path = folder / f"{index:06d}.png"
-        if not path.exists():
+        try:
+            find_picture(path, (folder,), np.shape)
+        except ValueError:  # not there yet, or damaged
             with writing(path) as temporary:
                 to_image(pixels).save(temporary)
         records.append({"id": f"{name}-{split}-{index}", "image": str(path)} | record)
@@ -675,7 +702,8 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
     take = functools.cache(lambda size: bool(processor and processor.image_processor([[Image.new("RGB", size)]])))
     for record in records:
         lacking = [name for name in needed if not isinstance(record.get(name), str) or not record[name]]
-        reason = record.get("flaw") or next((f"no {name}" for name in lacking), None)
+        broken = re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False))  # half a character, which no file takes
+        reason = record.get("flaw") or next((f"no {name}" for name in lacking), "malformed" if broken else None)
         wanted = limit is None or len(good) < limit
         if not reason and wanted and roots:
             try:
@@ -759,6 +787,7 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     if args.attn:
         options["attn_implementation"] = args.attn
     if args.load_in_4bit:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -1111,9 +1140,13 @@ class SentenceEncoder:
 sentence_encoder = functools.cache(SentenceEncoder)  # one of each in a run
 
 
-def newest(cache: dict, size: int = 100_000) -> dict:
-    """A cache within bounds, before what a call needs goes in."""
-    return cache if len(cache) <= size else dict([*cache.items()][-size:])
+def remember(cache: dict, keys: Iterable, compute: Callable, size: int = 256, bound: int = 100_000) -> list:
+    """What the keys stand for: `compute` some new ones, shortest first, and forget the oldest of many."""
+    for key in [*cache][: max(len(cache) - bound, 0)]:
+        del cache[key]
+    for new in chunks(sorted(set(keys) - cache.keys(), key=lambda key: (len("".join(key)), key)), size):
+        cache.update(zip(new, compute(new), strict=True))
+    return [cache[key] for key in keys]
 
 
 class Similarity:
@@ -1138,18 +1171,14 @@ class Similarity:
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """-> (n,) similarities of n pairs."""
-        self.scores = newest(self.scores)
-        new = {pair for pair in pairs if pair not in self.scores}
-        if new:
-            new = sorted(new, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
-            if self.cross_encoder:
-                scores = self.cross_encoder.predict(new, batch_size=64, show_progress_bar=False)
-            else:
-                texts = sorted({text for pair in new for text in pair}, key=lambda text: (len(text), text))
-                row, vectors = {text: i for i, text in enumerate(texts)}, self.encoder(texts)
-                scores = (vectors[[row[a] for a, _ in new]] * vectors[[row[b] for _, b in new]]).sum(1)
-            self.scores.update(zip(new, scores.tolist(), strict=True))
-        return np.array([self.scores[pair] for pair in pairs], dtype=np.float32)
+        return np.array(remember(self.scores, pairs, self._score, len(pairs) or 1), dtype=np.float32)
+
+    def _score(self, pairs: list[tuple[str, str]]) -> list[float]:
+        if self.cross_encoder:
+            return self.cross_encoder.predict(pairs, batch_size=64, show_progress_bar=False).tolist()
+        texts = sorted({text for pair in pairs for text in pair}, key=lambda text: (len(text), text))
+        row, vectors = {text: i for i, text in enumerate(texts)}, self.encoder(texts)
+        return (vectors[[row[a] for a, _ in pairs]] * vectors[[row[b] for _, b in pairs]]).sum(1).tolist()
 
 
 def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
@@ -1184,17 +1213,18 @@ class ClipScorer:
     @torch.no_grad()
     def __call__(self, images: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
         """Cosines (n,) of n pairs of image path and sentence."""
-        self.images, self.sentences = newest(self.images), newest(self.sentences)
-        for paths in chunks(sorted(set(images) - set(self.images)), 256):
-            pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
-            self.images.update(zip(paths, F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy(), strict=True))
-        for texts in chunks(sorted(set(sentences) - set(self.sentences)), 256):
-            parts = [self.windows(text) for text in texts]
-            tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
-            vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
-            means = F.normalize(torch.stack([vector.mean(0) for vector in vectors]), dim=-1)
-            self.sentences.update(zip(texts, means.cpu().numpy(), strict=True))
-        return np.array([self.images[image] @ self.sentences[text] for image, text in zip(images, sentences, strict=True)])
+        pairs = zip(remember(self.images, images, self._see), remember(self.sentences, sentences, self._read), strict=True)
+        return np.array([image @ sentence for image, sentence in pairs])
+
+    def _see(self, paths: list[str]) -> np.ndarray:
+        pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
+        return F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy()
+
+    def _read(self, sentences: list[str]) -> np.ndarray:
+        parts = [self.windows(sentence) for sentence in sentences]
+        tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
+        vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
+        return F.normalize(torch.stack([vector.mean(0) for vector in vectors]), dim=-1).cpu().numpy()
 
     def windows(self, sentence: str) -> list[str]:
         """The sentence, halved until its parts fit the context."""
@@ -1331,8 +1361,15 @@ def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> lis
 
 @functools.cache
 def load_statements() -> dict[int, list[str]]:
-    """The pool: 40 statements for each level 1..5."""
-    return {int(level): texts for level, texts in read_json(Path(__file__).with_name("statements.json")).items()}
+    """The pool: 40 statements for each level 1..5, all different; exits with code 2 where it is not."""
+    path, levels = Path(__file__).with_name("statements.json"), "12345"
+    pool = read_object(path, *levels)
+    times = Counter(plain(text) if isinstance(text, str) else "" for level in levels for text in pool[level])
+    wanted = {level: 40 * (level in levels) for level in pool}
+    problems = [f"level {level} has {len(pool[level])} statements, not {n}" for level, n in wanted.items() if len(pool[level]) != n]
+    problems += [f"'{text}' stands there {n} times" for text, n in times.items() if n > 1 or not text]
+    usage_error(*[f"{path}: {problem}" for problem in problems])
+    return {int(level): pool[level] for level in levels}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -1482,17 +1519,16 @@ class StatementReader:
 
     def levels(self, texts: Sequence[str]) -> list[int | None]:
         """The level 1..5 of each wording, seen or not; None where it is no confidence statement."""
-        self.seen = newest(self.seen)
         wordings = [plain(text) for text in texts]
-        speaks = lambda w: SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))  # noqa: E731
-        new = {w for w in wordings if w not in self.seen and not self._known(w) and speaks(w)}
-        for chunk in chunks(sorted(new, key=lambda w: (len(w), w)), 256):
-            vote, pool = self._vote
-            _, meaning = self._vectors([OPENING.sub("", w) for w in chunk])
-            near = (meaning @ pool.T).max(1) >= FLOOR
-            for wording, level, ok in zip(chunk, vote.predict(self._vectors(chunk)[0]), near, strict=True):
-                self.seen[wording] = int(level) if ok else None
+        new = {w for w in wordings if not self._known(w) and SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))}
+        remember(self.seen, new, self._judge)
         return [self._known(w) or self.seen.get(w) for w in wordings]
+
+    def _judge(self, wordings: list[str]) -> list[int | None]:
+        vote, pool = self._vote
+        _, meaning = self._vectors([OPENING.sub("", w) for w in wordings])
+        near = (meaning @ pool.T).max(1) >= FLOOR
+        return [int(level) if ok else None for level, ok in zip(vote.predict(self._vectors(wordings)[0]), near, strict=True)]
 
     def _known(self, wording: str) -> int | None:
         number = NUMBER.fullmatch(wording)

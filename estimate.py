@@ -343,7 +343,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.relevel:
         setup = common.read_run(args.relevel, "responses.jsonl")["setup"]
         common.fill_defaults(args, FLAGS, setup["data"])
-        return setup, common.read_jsonl(Path(args.relevel, "responses.jsonl"))
+        return setup, common.read_finished(args.relevel, "responses.jsonl")
     args.data = "+".join(args.data)
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
@@ -373,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     if run.accelerator.is_main_process:
         build_digits_world(args, [setup["model"], setup["clip"]])
     run.accelerator.wait_for_everyone()
+    if args.statement_encoder:  # only later stages need it
+        common.sentence_encoder(args.statement_encoder, run.device)
     if not args.relevel:
         clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
     if not args.relevel or args.levels == "consistency":

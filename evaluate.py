@@ -207,17 +207,17 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
-    for part, colour, marker, shift in zip(PARTS, ("#0072B2", "#D55E00"), "os", (-0.014, 0.014), strict=True):
+    for part, marker, shift in zip(PARTS, "os", (-0.014, 0.014), strict=True):
         confidence, correct = stated(only(predictions, part))
-        for level in LEVELS:
-            outcomes = correct[confidence == conf(level)]
-            if len(outcomes):
-                x, interval = conf(level) + shift, binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(method="wilson")
-                left.vlines(x, interval.low, interval.high, color=colour)
-                left.scatter(x, outcomes.mean(), color=colour, marker=marker)
-        left.scatter([], [], color=colour, marker=marker, label=f"{part} (n = {len(correct)})")
-    left.set(xlim=(-0.07, 1.07), ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
-    left.legend(frameon=False)
+        outcomes = {c: correct[confidence == c] for c in sorted(set(confidence))}
+        x, share = [c + shift for c in outcomes], [right.mean() for right in outcomes.values()]
+        bars = [binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson") for right in outcomes.values()]
+        error = [
+            [p - bar.low for p, bar in zip(share, bars, strict=True)],
+            [bar.high - p for p, bar in zip(share, bars, strict=True)],
+        ]
+        left.errorbar(x, share, error, fmt=marker, label=f"{part} (n = {len(correct)})")
+    left.set(ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
     confidence, correct = stated(predictions)
     x = [conf(level) for level in LEVELS]
     n_right, n_wrong = ([((confidence == value) & (correct == ok)).sum() for value in x] for ok in (1, 0))
@@ -225,11 +225,11 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
     right.bar_label(bars, labels=[a + b for a, b in zip(n_right, n_wrong, strict=True)])
     n_none = sum(sentence["level"] is None for p in predictions for sentence in p["sentences"])
-    right.set(xlim=(-0.14, 1.14), ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
-    right.legend(frameon=False)
+    right.set(ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
     for axis in (left, right):
+        axis.set(xlim=(-0.14, 1.14), xlabel="expressed level / confidence")
         axis.set_xticks(x, [f"{level}\n{conf(level):g}" for level in LEVELS])
-        axis.set_xlabel("expressed level / confidence")
+        axis.legend(frameon=False)
     figure.suptitle(f"{len(correct)} sentences     MECE {fmt(mece(predictions))}     AUROC {fmt(auroc(confidence, correct))}")
     common.save_figure(path, figure)
 
@@ -376,7 +376,7 @@ def read_setup(args: argparse.Namespace) -> dict:
     ckpt = Path(args.ckpt)
     if not ckpt.is_dir():
         common.usage_error(f"no such folder: {args.ckpt}")
-    if (ckpt / "run.json").exists():
+    if any((ckpt / name).exists() for name in ("run.json", "confidence.json")):
         setup = common.read_run(ckpt)["setup"]
     elif (ckpt / "config.json").exists():
         setup = dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | {"data": "digits", "cache": "cache"}
@@ -397,8 +397,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     options = (args.split, args.limit, True, args.allow_bad_records, setup | {"model": args.ckpt})
     records = common.load_data(setup["data"], setup["data_dir"], *options)
-    matcher, vlm = common.Matcher(setup["matcher"], device=run.device), common.load_model(args.ckpt, args, run.device)
+    matcher = common.Matcher(setup["matcher"], device=run.device)
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
+    vlm = common.load_model(args.ckpt, args, run.device)
 
     def answer(batch: list[dict], start: int) -> list[dict]:
         return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed, args.consistency)

@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -311,14 +312,6 @@ def fit_value(head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns
     return float(np.mean(losses))
 
 
-def deviation(values: Tensor, accelerator: Accelerator) -> float:
-    """Standard deviation of the values (n,) of all processes; 0 of none."""
-    values = values.double()
-    sums = torch.stack([torch.ones_like(values), values, values**2]).sum(1).float().to(accelerator.device)
-    n, first, second = accelerator.reduce(sums, "sum").tolist()
-    return max(second / max(n, 1) - (first / max(n, 1)) ** 2, 0.0) ** 0.5
-
-
 def train_update(
     models: Models, optimizers: dict, reader, judge: Judge, questions: list[dict], args, seed: int, value_only: bool, accelerator
 ) -> dict:
@@ -345,10 +338,10 @@ def train_update(
     # 4. improve the policy, then fit the value head
     stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"), np.nan)
     if not value_only:
-        apart = (roll.mask & ~roll.statement, roll.statement)
-        sentences, statements = (deviation(advantages[tokens], accelerator) for tokens in apart)
-        statements = max(statements, sentences / 20, 1e-8)  # where they are few or all alike
-        b_advantages = advantages / torch.where(roll.statement, statements, max(sentences, 1e-8))
+        apart = [advantages[tokens] for tokens in (roll.mask & ~roll.statement, roll.statement)]
+        sentences, statements = (max(1e-8, np.std(gather_object(part.tolist()) or [0])) for part in apart)
+        statements = max(statements, sentences / 20)  # where they are few or all alike
+        b_advantages = advantages / torch.where(roll.statement, statements, sentences)
         stats = update(models, optimizers["policy"], roll, b_advantages, args, seed, accelerator)
     b_returns = returns[roll.mask].to(device)
     epochs = args.value_epochs * (5 if value_only else 1)
@@ -406,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    questions = common.read_jsonl(ckpt / "sft.jsonl")
+    questions = common.read_finished(ckpt, "sft.jsonl")
     confidence = common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
@@ -414,12 +407,12 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("ppo", args, setup)
     if run.finished:
         return
-    for name in ("confidence.json", "sft.jsonl"):
-        run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
     matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
     judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     models = load_models(ckpt, args, run.device)
+    for name in ("confidence.json", "sft.jsonl"):
+        run.write(lambda path: shutil.copy(ckpt / path.name, path), name)
     optimizers, modules = make_optimizers(models, args), {"policy": models.policy.model, "value_head": models.value_head}
     training = common.Training(run, modules, optimizers, args.updates, args.save_every, args.max_kl)
     for step in training:

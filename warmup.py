@@ -103,13 +103,16 @@ def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
+    lines = common.read_finished(args.estimate, "responses.jsonl")
     common.fill_defaults(args, FLAGS, setup["data"])
     common.usage_error(*common.cannot_train(setup["model"], args))
+    with common.loading("--lora-targets", args.lora_targets):
+        re.compile(args.lora_targets)
     setup["layout"] = args.layout
     run = common.Run("warmup", args, setup)
     if run.finished:
         return
-    lines = [line for line in common.read_jsonl(Path(args.estimate, "responses.jsonl")) if line["sentences"]]
+    lines = [line for line in lines if line["sentences"]]
     if args.oracle:
         args.explore = 0.0
         unknown = any(sentence["correct"] is None for sentence in common.all_sentences(lines))
@@ -123,13 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     def text_of(epoch: int, i: int) -> str:
         return add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore, args.layout)
 
+    torch.manual_seed(args.seed)
+    vlm = common.load_model(setup["model"], args, run.device, trainable=True)
     run.write(lambda path: shutil.copy(Path(args.estimate, path.name), path), "confidence.json")
     kept = ("id", "image", "question", "answer", "choices", "reference")
     questions = [{name: line[name] for name in kept} | {"text": text_of(0, i)} for i, line in enumerate(lines)]
     run.write(common.write_jsonl, "sft.jsonl", questions)
-
-    torch.manual_seed(args.seed)
-    vlm = common.load_model(setup["model"], args, run.device, trainable=True)
     optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(lines) // args.batch_size)
     training = common.Training(run, {"model": vlm.model}, {"model": optimizer}, args.epochs * per_epoch, args.save_every)

@@ -258,7 +258,7 @@ def test_the_matcher_compares_sentences_as_written():
 
 def test_caches_are_bounded(cache, records, monkeypatch):
     """Each holds the newest entries and those of the call; what was dropped is computed again, to the same number."""
-    monkeypatch.setattr(common.newest, "__defaults__", (3,))
+    monkeypatch.setattr(common.remember, "__defaults__", (256, 3))
     similarity, clip = common.Similarity(), common.ClipScorer(estimate.digits_paths(cache, 0, 1.0)["clip"])
     pairs = [(f"It is {n}.", "It is 3.") for n in range(8)]
     first = similarity(pairs)

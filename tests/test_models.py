@@ -318,7 +318,7 @@ def test_half_a_model(missing, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         load(str(folder))
     err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert exit.value.code == 2 and len(err) == 1 and f"model {folder} cannot be loaded" in err[0]
+    assert exit.value.code == 2 and len(err) == 1 and f"model {folder} cannot be used" in err[0]
 
 
 def test_no_such_encoder(tmp_path, capsys, monkeypatch):
@@ -328,4 +328,4 @@ def test_no_such_encoder(tmp_path, capsys, monkeypatch):
     for make, (what, name) in (cases | {common.Similarity: ("sentence encoder", none)}).items():
         with pytest.raises(SystemExit):
             make(name)
-        assert f"{what} {name} cannot be loaded" in capsys.readouterr().err
+        assert f"{what} {name} cannot be used" in capsys.readouterr().err

@@ -399,6 +399,10 @@ def test_given_responses_without_references_have_no_rewards(runs, tmp_path, caps
         (tmp_path / name).write_bytes((runs["warmup"] / name).read_bytes())
     blank = {"reference": {"image": [], "reasoning": []}}
     common.write_jsonl(tmp_path / "sft.jsonl", [row | blank for row in common.read_jsonl(runs["warmup"] / "sft.jsonl")])
+    with pytest.raises(SystemExit):
+        ppo.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "p")])
+    assert "damaged or was edited" in capsys.readouterr().err
+    (tmp_path / "done").write_text("")
     for flags in ([], ["--alpha", "0"], ["--beta", "0"]):
         with pytest.raises(SystemExit):
             ppo.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "p"), *flags])
@@ -444,13 +448,13 @@ def test_what_is_read_belongs_to_the_settings(runs, tmp_path, monkeypatch, capsy
     assert "already holds this run" in capsys.readouterr().out
     lines = common.read_jsonl(tmp_path / "estimate" / "responses.jsonl")
     common.write_jsonl(tmp_path / "estimate" / "responses.jsonl", lines[1:])
+    (tmp_path / "estimate" / "done").write_text(common.fingerprint(tmp_path / "estimate"))  # as another estimate ends
     line = code_and_line(capsys, warmup.main, "--estimate", "../estimate", "--out", ".", *same, "--lr", "0.5")
     assert "other settings (the contents of --estimate, --lr)" in line
 
 
 def test_two_runs_on_one_folder(runs, capsys):
     held = os.open(runs["ppo"], os.O_RDONLY)
-    os.close(common.LOCKS.pop(runs["ppo"].resolve()))
     fcntl.flock(held, fcntl.LOCK_EX)  # as another process would
     assert "another run is at work" in code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", runs["ppo"], *PPO)
     os.close(held)
@@ -488,7 +492,51 @@ def test_damaged_records(runs, tmp_path, capsys, name, text):
     shutil.copytree(runs["warmup"], tmp_path / "w")
     (tmp_path / "w" / name).write_text(text)
     line = code_and_line(capsys, ppo.main, "--ckpt", tmp_path / "w", "--out", tmp_path / "p", *PPO)
-    assert f"{tmp_path / 'w' / name} is damaged" in line and not (tmp_path / "p").exists()
+    damaged = tmp_path / "w" / (name if name == "run.json" else "")
+    assert f"{damaged}{'/' * damaged.is_dir()} is damaged" in line and not (tmp_path / "p").exists()
+    (tmp_path / "w" / "done").write_text("")  # as who edits a file says that it is meant
+    line = code_and_line(capsys, ppo.main, "--ckpt", tmp_path / "w", "--out", tmp_path / "p", *PPO)
+    assert f"{tmp_path / 'w' / name} is damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pool: pool["3"].pop(), "level 3 has 39 statements, not 40"),
+        (lambda pool: pool["2"].append("and who knows?"), "level 2 has 41 statements, not 40"),
+        (lambda pool: pool.pop("4"), "no 4"),
+        (lambda pool: pool.update({"6": pool["5"]}), "level 6 has 40 statements, not 0"),
+        (lambda pool: pool["3"].__setitem__(0, " "), "'' stands there 1 times"),
+        (lambda pool: pool["3"].__setitem__(0, 7), "'' stands there 1 times"),
+        (lambda pool: pool["3"].__setitem__(0, pool["1"][1].upper()), "stands there 2 times"),
+    ],
+)
+def test_an_edited_pool(tmp_path, monkeypatch, capsys, change, message):
+    pool = common.read_json(ROOT / "statements.json")
+    change(pool)
+    common.write_json(tmp_path / "statements.json", pool)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert message in code_and_line(capsys, lambda _: common.load_statements.__wrapped__())
+
+
+def test_what_a_refused_command_leaves(runs, tmp_path, capsys):
+    """Neither a folder nor a lock; a picture that is gone is noticed before a model loads, a damaged one of the cache made anew."""
+    flags = ["--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO]
+    assert "cannot be used" in code_and_line(capsys, ppo.main, *flags, "--attn", "nonsense")
+    assert not (tmp_path / "p").exists()
+    for seed in ("-1", "4294967296", "1.5"):
+        assert "--seed" in code_and_line(capsys, ppo.main, *flags, "--seed", seed)
+    assert "--lora-targets" in code_and_line(capsys, warmup.main, "--estimate", runs["estimate"], "--lora-targets", "(")
+    shutil.copytree(runs["warmup"], tmp_path / "w")
+    questions = common.read_jsonl(tmp_path / "w" / "sft.jsonl")
+    common.write_jsonl(tmp_path / "w" / "sft.jsonl", [questions[0] | {"image": "nowhere.png"}, *questions[1:]])
+    (tmp_path / "w" / "done").write_text("")
+    assert "1 pictures of" in code_and_line(capsys, ppo.main, "--ckpt", tmp_path / "w", "--out", tmp_path / "p", *PPO)
+    record = common.digits_data("digits", "test", 1, tmp_path)[0]
+    whole = Path(record["image"]).read_bytes()
+    Path(record["image"]).write_bytes(whole[:20])
+    common.digits_data("digits", "test", 1, tmp_path)
+    assert Path(record["image"]).read_bytes() == whole
 
 
 def test_a_stopped_script(runs, tmp_path):
