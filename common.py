@@ -213,9 +213,9 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
 def read_finished(folder: str | Path, name: str) -> list[dict]:
     """The records of a file that an earlier stage has finished; exits with code 2 where one is damaged or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
-    usage_error(*[f"{folder}/{name} holds no question"] * (not records))
     gone = [str(record.get("image")) for record in records if not os.path.isfile(str(record.get("image")))]
-    usage_error(*[f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}" for _ in gone[:1]])
+    problems = [f"{folder}/{name} holds no question"] * (not records)
+    usage_error(*problems, *[f"{len(gone)} pictures of {folder}/{name} are gone, as {image}" for image in gone[:1]])
     return records
 
 
@@ -229,14 +229,12 @@ def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
 
 
 def read_run(folder: str | Path, *needed: str) -> dict:
-    """The record run.json of a finished run; exits with code 2 where there is none, one of the `needed` files is missing, or some
-    file is not what the run left (who edits one empties `done`)."""
+    """The record run.json of a finished run that holds the `needed` files, none of them damaged since; else exits with code 2."""
     folder = Path(folder)
-    if not folder.is_dir():
-        usage_error(f"no such folder: {folder}/")
+    usage_error(*[f"no such folder: {folder}/"] * (not folder.is_dir()))
     missing = [name for name in ("run.json", *needed, "done") if not (folder / name).exists()]
-    if missing:
-        usage_error(f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
+    problem = f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing"
+    usage_error(*[problem] * bool(missing))
     changed = (folder / "done").read_text() not in ("", fingerprint(folder))
     usage_error(*[f"{folder}/ is damaged or was edited since its run ended (an empty {folder}/done allows that)"] * changed)
     return read_object(folder / "run.json", "stage", "args", "setup")
@@ -501,8 +499,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
-    """`limit` questions of a split -> [{"id", "image" (path), "question", "choices", "answer", "reference"}]; the first n are the
-    same for every limit. Images are rendered into `cache` once."""
+    """`limit` questions of a split, as `load_data` gives them, the first n the same for every limit; images go into `cache`."""
     folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
     with loading("--cache", cache):
         folder.mkdir(parents=True, exist_ok=True)
@@ -903,13 +900,8 @@ class Batch:
         return self.inputs["input_ids"].shape[1] - self.responses.shape[1]
 
 
-@dataclass
-class Response:
-    """What a model wrote."""
-
-    ids: list[int]  # its L tokens, the last of which ends it, unless it was cut
-    text: str
-    offsets: list[tuple[int, int]]  # characters [start, end) of `text` that each token adds
+# What a model wrote: token ids, the last of which ends it, unless it was cut; characters [start, end) of `text` that each adds.
+Response = namedtuple("Response", "ids text offsets")
 
 
 def prompt_text(record: dict) -> str:
@@ -1088,28 +1080,22 @@ MAX_PERPLEXITY = 1e6  # more than that of guessing from any vocabulary; without 
 
 def length_normalized_logprob(logprob: Tensor) -> Tensor:
     """U_LNLP = exp(-1/L sum log p): the perplexity of a sentence's tokens, logprob (L,) -> scalar in [1, MAX_PERPLEXITY]."""
-    return torch.exp(-one_or_more(logprob).mean()).clamp(max=MAX_PERPLEXITY)  # eq. 3
+    return torch.exp(-logprob.float().mean()).clamp(max=MAX_PERPLEXITY)  # eq. 3
 
 
 def mean_token_entropy(entropy: Tensor) -> Tensor:
     """U_MTE: mean entropy of the token distributions, entropy (L,) in nats -> scalar >= 0."""
-    return one_or_more(entropy).mean()  # eq. 4
+    return entropy.float().mean()  # eq. 4
 
 
 def token_sar(logprob: Tensor, relevance: Tensor) -> Tensor:
     """U_TokenSAR: negative log-probability weighted by relevance, logprob and relevance (L,) -> scalar >= 0. Relevance is clamped
     at 0 and normalised to sum 1; where all of it is 0, and for a single token, the weights are uniform."""
-    logprob, relevance = one_or_more(logprob), relevance.float().clamp(min=0)
+    logprob, relevance = logprob.float(), relevance.float().clamp(min=0)
     if len(relevance) == 1 or relevance.sum() == 0:
         relevance = torch.ones_like(logprob)
     weights = relevance / relevance.sum()
     return -torch.where(weights > 0, weights * logprob, 0.0).sum()  # eq. 5
-
-
-def one_or_more(values: Tensor) -> Tensor:
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"expected the values of one or more tokens, got shape {tuple(values.shape)}")
-    return values.float()
 
 
 class SentenceEncoder:
@@ -1181,15 +1167,11 @@ class Similarity:
         return (vectors[[row[a] for a, _ in pairs]] * vectors[[row[b] for _, b in pairs]]).sum(1).tolist()
 
 
-def without_each_token(question: str, sentence: str, pieces: Sequence[tuple[int, int]]) -> list[str]:
-    """x + y, then x + y without each of the L tokens; pieces: characters [start, end) of `sentence` of each token."""
-    return [f"{question} {sentence}"] + [f"{question} {sentence[:a]}{sentence[b:]}" for a, b in pieces]
-
-
-def token_relevance(groups: Sequence[Sequence[str]], similarity: Similarity) -> list[np.ndarray]:
-    """R_T of eq. 5, 1 - g(x + y, x + y without the token), (L,) for each group of texts from `without_each_token`."""
-    scores = similarity([(group[0], text) for group in groups for text in group[1:]])
-    return np.split(1 - scores, np.cumsum([len(group) - 1 for group in groups])[:-1])
+def token_relevance(sentences: Sequence[tuple[str, str, list]], similarity: Similarity) -> list[np.ndarray]:
+    """R_T of eq. 5, 1 - g(x + y, x + y without the token): (L,) for each question x, sentence y and its L tokens' [start, end)."""
+    pairs = [[(f"{x} {y}", f"{x} {y[:a]}{y[b:]}") for a, b in pieces] for x, y, pieces in sentences]
+    scores = similarity([pair for part in pairs for pair in part])
+    return np.split(1 - scores, np.cumsum([len(part) for part in pairs])[:-1])
 
 
 class ClipScorer:
@@ -1237,18 +1219,16 @@ class ClipScorer:
 
 
 def uncertainties(records, responses, steps: list, logprob: Tensor, entropy: Tensor, clip, similarity) -> list[np.ndarray]:
-    """The four raw uncertainties of every sentence of B responses: arrays (sentences, 4), columns as ESTIMATORS; logprob, entropy
-    (B, T): of the response tokens, from `response_statistics`."""
+    """Raw uncertainties of every sentence of B responses: B arrays (sentences, 4), as ESTIMATORS; logprob, entropy (B, T)."""
     sentences = [(row, step) for row, found in enumerate(steps) for step in found]
-    tokens, shortened = [], []
+    tokens, asked = [], []
     for row, step in sentences:
         offsets = responses[row].offsets
         tokens.append(step_tokens(offsets, step.start, step.end))
         spans = [(max(offsets[i][0], step.start), min(offsets[i][1], step.end)) for i in tokens[-1]]
         pieces = [(a - step.start, b - step.start) for a, b in spans]
-        sentence = f"{responses[row].text[step.start : step.end]}."
-        shortened.append(without_each_token(records[row]["question"], sentence, pieces))
-    relevance = token_relevance(shortened, similarity)
+        asked.append((records[row]["question"], f"{responses[row].text[step.start : step.end]}.", pieces))
+    relevance = token_relevance(asked, similarity)
     cosine = clip([records[row]["image"] for row, _ in sentences], [step.text for _, step in sentences])
     raw = np.zeros((len(sentences), len(ESTIMATORS)))
     for i, (row, _) in enumerate(sentences):
@@ -1298,8 +1278,7 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, m
 
 
 def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], matcher, n: int, max_new_tokens: int, seed: int):
-    """The share of n responses at temperature 1 that hold each sentence (Wang et al. 2023): B chains -> B arrays (sentences,), and
-    how many tokens were drawn for each (B,)."""
+    """The share of n samples at temperature 1 that hold a sentence (Wang et al. 2023): B arrays (sentences,), tokens drawn (B,)."""
     shares, spent = [np.zeros(len(chain)) for chain in chains], np.zeros(len(chains), dtype=int)
     with images_encoded_once(vlm):
         prompts = collate(vlm, records)

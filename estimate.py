@@ -75,9 +75,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     blind = args.levels == "calibrated" and bool(args.responses)
     problems += ["--levels calibrated needs reference chains, which given responses lack"] * blind
     problems += ["--relevel takes measured responses, --responses measures others"] * bool(args.relevel and args.responses)
-    if args.responses and not Path(args.responses).is_file():
-        problems.append(f"no such file: {args.responses}")
-    return problems
+    return problems + [f"no such file: {args.responses}"] * bool(args.responses and not Path(args.responses).is_file())
 
 
 parse_args = functools.partial(common.parse_flags, __doc__, FLAGS, check=find_problems)

@@ -83,8 +83,7 @@ def ece(confidence, correct, n_bins: int = 10) -> float:
 
 
 def mece(predictions: list[dict]) -> float:
-    """Multi-granular ECE: the mean over responses of the mean |correct - confidence| of their sentences (eq. 15). A response
-    without any statement is left out (`coverage` stands beside it)."""
+    """Multi-granular ECE: the mean over responses, but those without a statement, of the mean |correct - confidence|."""
     errors = [np.abs(correct - confidence) for confidence, correct in (stated([p]) for p in predictions)]  # eq. 15
     return mean([mean(error) for error in errors if len(error)])  # eq. 16 within a response, eq. 17 over all
 
@@ -111,29 +110,12 @@ def brier_skill(confidence, correct) -> float:
 
 
 def risk_coverage(confidence, correct) -> np.ndarray:
-    """Error rate (N,) among the k most confident, k = 1..N (Geifman & El-Yaniv, 2017). Within a tie each carries the tie's mean
-    error, the expectation over random orders."""
+    """Error rate (N,) among the k most confident, k = 1..N (Geifman & El-Yaniv, 2017); its mean is the area under the curve (AURC).
+    Within a tie each carries the tie's mean error, the expectation over random orders."""
     confidence, error = np.asarray(confidence, dtype=float), 1 - np.asarray(correct, dtype=float)
     for value in np.unique(confidence):
         error[confidence == value] = error[confidence == value].mean()
     return np.cumsum(error[np.argsort(-confidence)]) / np.arange(1, len(error) + 1)
-
-
-def aurc(confidence, correct) -> float:
-    """Area under the risk-coverage curve: its mean."""
-    return mean(risk_coverage(confidence, correct))
-
-
-def prr(confidence, correct) -> float:
-    """Prediction rejection ratio (Malinin & Gales, 2021): how much of the way from random order (0) to the best one (1)."""
-    worst, best = 1 - mean(correct), aurc(correct, correct)
-    return (worst - aurc(confidence, correct)) / (worst - best) if len(set(correct)) == 2 else math.nan
-
-
-def selective_accuracy(confidence, correct, coverage: float) -> float:
-    """Accuracy of the most confident share `coverage` of the answers."""
-    n = math.ceil(coverage * len(correct))
-    return 1 - float(risk_coverage(confidence, correct)[n - 1]) if n else math.nan
 
 
 def sentence_metrics(predictions: list[dict]) -> dict:
@@ -165,8 +147,7 @@ def compute_metrics(predictions: list[dict]) -> dict:
     metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
     metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])
     metrics["level_histogram"] = {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)}
-    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": aurc(confidence, correct), "prr": prr(confidence, correct)}
-    metrics["selective_80"] = selective_accuracy(answer_confidence, answer_correct, 0.8)
+    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": mean(risk_coverage(confidence, correct))}
     metrics |= {"mece_constant": constant, "mece_constant_level": constant_level}
     metrics |= {part: sentence_metrics(only(predictions, part)) for part in PARTS}
     return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
@@ -235,9 +216,8 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
 
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-{% macro mark(good, yes, no) %}
-<b class="{{ 'yes' if good else 'no' }}" role="img" aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>
-{%- endmacro %}
+{% macro mark(good, yes, no) %}<b class="{{ 'yes' if good else 'no' }}" role="img"
+aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>{% endmacro %}
 {% macro card(p, picture, judged) %}
 <article class="card"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
@@ -252,29 +232,25 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 {% if judged %}{{ mark(p.answer_correct, "right", "wrong") }} <span class="soft">gold: {{ p.answer }}</span>{% endif %}</p></div>
 {% if judged %}<div>{% for part in p.reference %}<h3>Reference, {{ part }}</h3><ul>{% for text in p.reference[part] %}
 <li>{{ mark(p.covered[part][loop.index0], "covered", "not covered") }} {{ text }}</li>{% endfor %}</ul>{% endfor %}</div>{% endif %}
-</article>
-{% endmacro %}
+</article>{% endmacro %}
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
 body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h2, h3, dd, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
-dl { display: flex; flex-wrap: wrap; gap: 1rem } .figure { max-width: 100% } .card { display: grid; gap: .6rem 1.4rem;
-  grid-template-columns: 200px 1.5fr 1fr; margin: 1rem 0; padding: .6rem; border: 1px solid #d9dee5; border-radius: 8px }
-.card header { grid-column: 1 / -1 }
-.card img { width: 100% } .pixelated { image-rendering: pixelated } .yes { color: #00724f } .no { color: #b3400a }
+h2, h3, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
+.figure { max-width: 100% } .card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1.5rem 0 }
+.card header { grid-column: 1 / -1 } .card img { width: 100% } .png { image-rendering: pixelated }
+.yes { color: #00724f } .no { color: #b3400a }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
 .l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 } .l4 { background: #adc6ee }
 .l5 { background: #8fb1e7 } @media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
 </style></head><body><h1>{{ title }}</h1>
-<dl>{% for name, value in figures %}<div><dt class="soft">{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{% if plot %}<img class="figure" alt="Reliability of sentences, and how many say which level"
-src="data:image/png;base64,{{ plot }}">{% endif %}
+<p>{% for name, value in figures %}<span class="soft">{{ name }}</span> {{ value }} &emsp;{% endfor %}</p>
+{% if plot %}<img class="figure" alt="Reliability, and how many say which level" src="data:image/png;base64,{{ plot }}">{% endif %}
 <p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
 <b class="yes">✓</b> matches the reference <b class="no">✗</b> does not. {% if cards | length < total %}Only the first
 {{ cards | length }} of {{ total }} questions are shown; the figures above are over all of them.{% endif %}</p>
-<main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main>
-</body></html>
+<main>{% for p, picture in cards %}{{ card(p, picture, true) }}{% endfor %}</main></body></html>
 """)
 
 
@@ -284,11 +260,11 @@ def thumbnail(path: str) -> dict | None:
         image = common.load_image(path).copy()
     except Exception:  # whatever is wrong with a file, it costs its picture and not the page
         return None
-    kind, css = ("png", "pixelated") if max(image.size) <= 64 else ("jpeg", "photo")
+    kind = "png" if max(image.size) <= 64 else "jpeg"
     image.thumbnail((320, 320))
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)
-    return {"kind": css, "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+    return {"kind": kind, "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def write_report(predictions: list[dict], metrics: dict, path: Path, title: str, limit: int = 200) -> None:
@@ -401,9 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     vlm = common.load_model(args.ckpt, args, run.device)
 
-    def answer(batch: list[dict], start: int) -> list[dict]:
-        return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed, args.consistency)
-
+    drawn = (args.max_new_tokens, args.seed, args.consistency)
+    answer = lambda batch, _: predict(vlm, reader, matcher, batch, *drawn)  # noqa: E731
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
     bars = None
     if args.bars and Path(args.ckpt, "confidence.json").exists():

@@ -26,7 +26,6 @@ Choices beyond the paper
 
     python ppo.py --ckpt warmup/
     python ppo.py --ckpt warmup/ --beta 0             # the ablation w/o R_EC (likewise --alpha 0, --gamma 0)
-    python ppo.py --ckpt warmup/ --reward-placement end
 """
 
 import argparse
@@ -34,20 +33,19 @@ import copy
 import functools
 import shutil
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, RUN_FLAGS, SHARE, TEXT, TRAINING_FLAGS, VLM, conf
+from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, RUN_FLAGS, SHARE, TEXT, TRAINING_FLAGS, conf
 
 FLAGS = {
     "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write")}
@@ -103,11 +101,8 @@ class ValueHead(nn.Module):
         return self.layers(torch.cat([hidden.float(), known], -1)).squeeze(-1)
 
 
-@dataclass
-class Models:
-    policy: VLM
-    reference: VLM | None  # None: the adapter named "reference" on the policy's base weights
-    value_head: ValueHead
+# The reference is None where it is the adapter of that name on the policy's base weights.
+Models = namedtuple("Models", "policy reference value_head")
 
 
 @dataclass
@@ -185,8 +180,7 @@ class Judge:
 
 
 def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
-    """Reward of every token (B, T) without the KL penalty, and R_KA, R_EC, R_CS of every response (B,); judged: for each
-    response, I(z_t) and IV(z_t) of its sentences, two arrays."""
+    """Reward of every token (B, T), without the KL penalty, and R_KA, R_EC, R_CS (B,); judged: I and IV of each one's sentences."""
     scores, parts = torch.zeros(roll.mask.shape), torch.zeros(len(roll.records), 3)
     weights = torch.tensor([args.alpha, args.beta, args.gamma])
     place = place_at_end if args.reward == "answer" or args.reward_placement == "end" else place_at_sentences
@@ -268,7 +262,7 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_r
     return loss, diagnostics
 
 
-def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, seed: int, accelerator: Accelerator) -> dict:
+def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, seed: int, accelerator) -> dict:
     """args.epochs passes of args.minibatches optimizer steps of the policy -> means over all tokens of all steps. Losses are
     normalised by the tokens of the minibatch in all processes, whatever the micro-batch."""
     policy, sums, norms = models.policy, Counter(), []

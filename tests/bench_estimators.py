@@ -104,18 +104,24 @@ def relevance(args) -> None:
     groups = []
     for question, sentence in texts[:: max(1, len(texts) // args.sentences)][: args.sentences]:
         words = [m.span() for m in re.finditer(r"\s?\S+", sentence)]
-        groups.append(common.without_each_token(question, sentence, words))
+        groups.append((question, sentence, words))
     with tempfile.TemporaryDirectory() as folder:
         relevance_by(common.Similarity(), "sentence embeddings", groups, args)
         relevance_by(common.Similarity(build_cross_encoder(Path(folder))), "cross-encoder", groups, args)
 
 
-def relevance_by(similarity: common.Similarity, kind: str, groups: list[list[str]], args) -> None:
+def texts_of(question: str, sentence: str, words: list[tuple[int, int]]) -> list[str]:
+    """What is compared: question and sentence, whole, then without each word."""
+    return [f"{question} {sentence}", *(f"{question} {sentence[:a]}{sentence[b:]}" for a, b in words)]
+
+
+def relevance_by(similarity: common.Similarity, kind: str, asked: list[tuple], args) -> None:
+    groups = [texts_of(*one) for one in asked]
     pairs = [(g[0], t) for g in groups for t in g[1:]]
 
     def ours():
         similarity.scores.clear()
-        common.token_relevance(groups, similarity)
+        common.token_relevance(asked, similarity)
 
     def bare():
         if similarity.cross_encoder:
@@ -131,7 +137,7 @@ def relevance_by(similarity: common.Similarity, kind: str, groups: list[list[str
                 else:
                     similarity.encoder([group[0], *group[i : i + 10]])
 
-    variants = {"bare encoder": bare, "ours": ours, "ours, seen before": lambda: common.token_relevance(groups, similarity)}
+    variants = {"bare encoder": bare, "ours": ours, "ours, seen before": lambda: common.token_relevance(asked, similarity)}
     variants["one call a sentence"] = one_by_one
     title = f"TokenSAR by {kind}, {len(groups)} sentences, {len(pairs)} pairs"
     report(title, variants, "bare encoder", args.runs, memory=False, per=len(groups), unit="sentences")

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from accelerate import Accelerator
+from bench_estimators import texts_of
 from benchmark import machine, report
 
 import common
@@ -37,7 +38,7 @@ def tokensar(updates: int, update, runs: int) -> None:
                 original([group], common.Similarity())
 
     def bare():
-        common.sentence_encoder()(sorted({text for groups in asked for group in groups for text in group}, key=len))
+        common.sentence_encoder()(sorted({text for groups in asked for one in groups for text in texts_of(*one)}, key=len))
 
     n = sum(map(len, asked))
     variants = {"bare encoder, distinct texts": bare, "ours": ours, "one call a sentence": one_by_one}

@@ -148,28 +148,17 @@ def test_aurc_is_the_mean_over_all_orders_of_the_ties():
         errors = [1 - correct[i] for i in order]
         values.append(np.mean([sum(errors[:k]) / k for k in range(1, len(errors) + 1)]))
     assert len(values) == 36 and np.ptp(values) > 0.1  # 3! x 3! orders, and the order does matter
-    assert ev.aurc(confidence, correct) == pytest.approx(np.mean(values), abs=1e-12)
+    assert np.mean(ev.risk_coverage(confidence, correct)) == pytest.approx(np.mean(values), abs=1e-12)
 
 
 def test_aurc_does_not_depend_on_the_order_of_the_input(pairs):
     confidence, correct = pairs
-    expected = ev.aurc(confidence, correct)
+    expected = ev.risk_coverage(confidence, correct)
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(len(confidence))
-        assert ev.aurc(confidence[order], correct[order]) == expected
-    assert ev.aurc([0.9, 0.5, 0.1], [1, 1, 0]) == pytest.approx(1 / 9)
-    assert ev.aurc([0.5, 0.5], [1, 0]) == pytest.approx(0.5)
-
-
-def test_selective_answering():
-    confidence, correct = [0.25, 1.0, 0.5, 0.5, 0.75], [0, 1, 1, 0, 1]
-    assert ev.selective_accuracy(confidence, correct, 0.4) == 1  # the two most confident
-    assert ev.selective_accuracy(confidence, correct, 0.6) == pytest.approx(2.5 / 3)  # one of two equals, half right
-    assert ev.selective_accuracy(confidence, correct, 0.8) == pytest.approx(3 / 4)
-    assert ev.prr(correct, correct) == 1 and ev.prr([1] * 5, correct) == pytest.approx(0)
-    worst, best = 2 / 5, np.mean([0, 0, 0, 1 / 4, 2 / 5])
-    assert ev.prr(confidence, correct) == pytest.approx((worst - ev.aurc(confidence, correct)) / (worst - best))
-    assert np.isnan(ev.prr([0.5, 1], [1, 1])) and np.isnan(ev.selective_accuracy([], [], 0.8))
+        assert ev.risk_coverage(confidence[order], correct[order]).tolist() == expected.tolist()
+    assert np.mean(ev.risk_coverage([0.9, 0.5, 0.1], [1, 1, 0])) == pytest.approx(1 / 9)
+    assert np.mean(ev.risk_coverage([0.5, 0.5], [1, 0])) == pytest.approx(0.5)
 
 
 def test_chain_f1_of_the_papers_example():
@@ -204,8 +193,6 @@ KEYS = PART_KEYS | {
     "level_histogram",
     "brier_skill",
     "aurc",
-    "prr",
-    "selective_80",
     "tokens",
     "mece_constant",
     "mece_constant_level",
@@ -221,7 +208,7 @@ def test_compute_metrics_is_made_of_the_metrics(predictions):
     confidence, correct = [(s["level"] - 1) / 4 for s in said], [s["correct"] for s in said]
     assert m["auroc_sentence"] == pytest.approx(roc_auc_score(correct, confidence))
     assert m["brier"] == pytest.approx(brier_score_loss(correct, confidence))
-    assert m["aurc"] == ev.aurc(confidence, correct) and m["brier_skill"] == ev.brier_skill(confidence, correct)
+    assert m["aurc"] == np.mean(ev.risk_coverage(confidence, correct)) and m["brier_skill"] == ev.brier_skill(confidence, correct)
     everything = [s for p in predictions for s in p["sentences"]]
     assert m["n_sentences"] == len(everything) == m["image"]["n_sentences"] + m["reasoning"]["n_sentences"]
     assert m["coverage"] == pytest.approx(len(said) / len(everything)) and m["n_questions"] == len(predictions)
@@ -253,7 +240,6 @@ def test_json_is_valid_plain_and_repeatable(predictions):
 
 def test_degenerate_predictions():
     undefined = {"ece", "mece", "auroc", "auroc_sentence", "brier", "brier_skill", "aurc", "mece_constant", "mece_constant_level"}
-    undefined |= {"prr", "selective_80"}
     empty = ev.compute_metrics([])
     assert all(empty[k] is None for k in undefined | {"coverage", "accuracy", "precision", "recall", "f1"})
     assert empty["n_questions"] == empty["n_sentences"] == 0
@@ -348,7 +334,7 @@ def test_report_is_standalone(predictions, tmp_path):
     links = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "srcset", "data", "action")]
     assert len(links) == 3 and all(link.startswith("data:image/") for link in links)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert [i["class"] for i in page.all("img")] == ["figure", "pixelated", "photo"]
+    assert [i["class"] for i in page.all("img")] == ["figure", "png", "jpeg"]
     assert "no image at" in page.text and "missing.png" in page.text
     assert len(text) < 400_000  # the large picture is a thumbnail
 
