@@ -61,10 +61,10 @@ def draw(folders: dict[str, Path], n: int, seed: int) -> list[tuple[str, dict, d
     entries = [(name, of[name][i], thumbnail(of[name][i]["image"])) for name in of for i in drawn]
     asked = {(name, line["id"]): [*(line[key] for key in ASKED), picture] for name, line, picture in entries}
     for name in of:  # with another seed digits have other questions under the same ids, with other noise other pictures
-        unseen = [str(i) for i in drawn if asked[name, i][-1] is None]
-        other = [str(i) for i in drawn if asked[name, i] != asked[first, i]]
-        problems += [f"{name} has no picture for {', '.join(unseen)}"] * bool(unseen)
-        problems += [f"{name} and {first} have other questions under {', '.join(other)}"] * bool(other)
+        unseen = [i for i in drawn if asked[name, i][-1] is None]
+        other = [i for i in drawn if asked[name, i] != asked[first, i]]
+        problems += [f"{name} has no picture for {len(unseen)} of {n} questions: {unseen[0]}, ..." for _ in unseen[:1]]
+        problems += [f"{name} and {first} ask other questions under {len(other)} of {n} ids: {other[0]}, ..." for _ in other[:1]]
     common.usage_error(*problems)
     rng.shuffle(entries)
     return entries
@@ -163,8 +163,8 @@ def plot_scores(scores: dict[str, np.ndarray], path: Path) -> None:
 def report_scores(sheet: Path, raters: list[str]) -> None:
     key = common.read_object(sheet / "key.json", "systems", "entries")
     read = [read_scores(path, key["entries"]) for path in raters]
-    twice = {path for path in raters if raters.count(path) > 1}
-    common.usage_error(*[f"{path} is given twice" for path in sorted(twice)], *(text for _, problems in read for text in problems))
+    same = ["a rater's file is given twice"] * (len({Path(path).resolve() for path in raters}) < len(raters))
+    common.usage_error(*same, *(problem for _, problems in read for problem in problems))
     scores = np.array([[given[entry] for entry in key["entries"]] for given, _ in read])  # (raters, entries, criteria)
     systems = np.array([entry["system"] for entry in key["entries"].values()])
     of = {name: scores[:, systems == name] for name in key["systems"]}
