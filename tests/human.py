@@ -87,7 +87,7 @@ def write_sheet(folders: dict[str, Path], n: int, seed: int, out: Path) -> None:
     for name in folders:
         silent = [s for system, p, _ in entries if system == name for s in p["sentences"] if s["level"] and s["statement"] is None]
         if silent:
-            print(f"{name}: the confidence of {len(silent)} sentences is not in the text, so that no rater sees it")
+            print(f"{name}: sentences whose confidence the text does not say, so that no rater sees it: {len(silent)}")
     print(f"{out}/sheet.html has {len(entries)} entries; raters do not get {out}/key.json")
 
 
