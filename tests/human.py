@@ -1,6 +1,6 @@
 """Human evaluation (sec. 4.3; Table 2, Figure 7): a blind sheet for raters, and what their scores say.
 
-    python tests/human.py sheet SaySelf=runs/seed0/results/saysself-digits runs/seed0/results/mmboundary-digits --out sheet
+    python tests/human.py sheet SaySelf=runs/seed0/results/sayself-digits runs/seed0/results/mmboundary-digits --out sheet
     python tests/human.py scores sheet rater1.csv rater2.csv rater3.csv
 
 `sheet` draws --entries questions, the same of every results folder, and writes sheet.html (from human.html), the page for raters,
