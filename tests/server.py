@@ -1,0 +1,220 @@
+"""An inference server samples in the place of `common.generate`, for any script; everything is still measured here, in one pass.
+
+    python tests/server.py --server http://localhost:8000 estimate.py --data aokvqa --data-dir aokvqa/
+    python tests/server.py --server http://localhost:8000 ppo.py --ckpt warmup/
+
+What follows the name of a script is the script's own. The server is any that speaks OpenAI's protocol (a key: OPENAI_API_KEY);
+adapters need vLLM, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. Its log-probabilities only tell whether it
+samples from the model that is measured: the first batch of estimate.py and evaluate.py and every update of ppo.py, whose log has
+`mismatch`, the mean |log p (server) - log p (ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
+
+Choices
+ 1. A batch of the script is asked at once, --concurrency requests at a time: larger batches keep the server busy.
+ 2. ppo.py sends its adapter before every update under a new name, for which the server has cached nothing, and takes the last one
+    away. Full weights cannot be sent.
+ 3. Seeds go by the question and the script's seed; where a question has n samples in a batch, one request asks for all of them.
+
+    python tests/server.py --copy cache/world3/digits-seed0-noise1/model served/    # under the names of weights that vLLM knows
+"""
+
+import argparse
+import base64
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from openai import OpenAI
+from safetensors.torch import load_file, save_file
+
+import common
+import estimate
+import ppo
+
+RETRIES = 8  # of a request: the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
+
+
+class Server:
+    """The client of a server that knows a model, by the name that the scripts use, and takes adapters of it."""
+
+    def __init__(self, url: str, path: str, concurrency: int = 32, max_mismatch: float = 0.1, name: str | None = None):
+        """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so. What
+        fails exits with code 2, in one line."""
+        self.url, self.max_mismatch, self.apart, self.checked = url, max_mismatch, [], set()
+        self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
+        address, key = re.sub(r"(/v1)?/*$", "/v1", url), os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=600.0)
+        adapter = Path(path, "adapter_config.json")
+        self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
+        self.adapter = None
+        with self.trying("does not answer"):
+            known = [model.id for model in self.client.with_options(max_retries=0, timeout=20).models.list().data]
+        common.usage_error(
+            *[f"server {url} serves {', '.join(known)} and no {self.base} (--served-model NAME)"] * (self.base not in known)
+        )
+        if adapter.exists():
+            self.load_adapter(path)
+
+    @contextlib.contextmanager
+    def trying(self, trouble: str) -> Iterator[None]:
+        """What fails inside ends the run with one line, without a key that the server quotes."""
+        try:
+            yield
+        except Exception as error:  # the client raises many kinds
+            reason = " ".join(str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "...").split())
+            common.usage_error(f"server {self.url} {trouble} ({type(error).__name__}: {reason[:240]})")
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Sample from the adapter in a folder that the server can read."""
+        before, name = self.adapter, f"policy-{os.urandom(6).hex()}"
+        if PartialState().is_main_process:
+            with self.trying("takes no adapter, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+                self.client.post("/load_lora_adapter", cast_to=str, body={"lora_name": name, "lora_path": os.path.abspath(folder)})
+                if before:
+                    self.client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": before})
+        [self.adapter] = broadcast_object_list([name])
+
+    def sample(self, vlm, records: list[dict], temperature: float, length: int, seed: int) -> list[tuple[list[int], torch.Tensor]]:
+        """A response to each question: token ids as from `generate`, and what the server says of their log-probabilities (L,), NaN
+        where it says nothing. Neighbours that are one question are one request."""
+        empty = vlm.processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": ""}]}], tokenize=False)
+        adapted = hasattr(vlm.model, "peft_config")
+        settings = {"model": self.adapter if adapted else self.base, "temperature": temperature, "max_tokens": length}
+        settings |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": True, "return_token_ids": True}
+        settings |= {"stop_token_ids": vlm.end_tokens, "add_special_tokens": not empty.startswith(vlm.tokenizer.bos_token or "\0")}
+        settings["logit_bias"] = dict.fromkeys(map(str, vlm.base.generation_config.suppress_tokens or ()), -100)
+
+        def ask(record: dict, n: int) -> list[dict]:
+            common.load_image(record["image"]).save(
+                picture := io.BytesIO(), "png", compress_level=1
+            )  # the pixels that are measured
+            url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+            text = vlm.special.sub(" ", common.prompt_text(record))
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+            body = {
+                "messages": [{"role": "user", "content": content}],
+                "n": n,
+                "seed": zlib.crc32(f"{seed} {record['id']}".encode()),
+            }
+            return self.client.post("/chat/completions", cast_to=object, body=settings | body)["choices"]
+
+        drawn = []
+        groups = [list(group) for _, group in itertools.groupby(records, key=id)]
+        for group, answer in [(group, self.pool.apply_async(ask, [group[0], len(group)])) for group in groups]:
+            with self.trying("fails; once it is back, the same command goes on"):
+                for choice, _ in zip(answer.get(), group, strict=True):
+                    ids, tokens = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content") or []
+                    if ids is None:
+                        warnings.warn("the server gives no token ids: its texts are tokenised", stacklevel=1)
+                        whole = choice["finish_reason"] == "stop"
+                        [ids] = common.response_ids(vlm, [choice["message"]["content"] or ""], [whole])
+                    said = [token["logprob"] for token in tokens] if len(tokens) == len(ids) else [math.nan] * len(ids)
+                    drawn.append((ids, torch.tensor(said)))
+        return drawn
+
+    def generate(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
+        """As `common.generate`. The first batch of a model shows whether the server samples from it."""
+        ids, said = map(list, zip(*self.sample(vlm, prompts.records, temperature, length, seed), strict=True))
+        self.apart.append(torch.cat(said))
+        if id(vlm) not in self.checked:
+            self.checked.add(id(vlm))
+            with torch.no_grad():
+                batch = common.add_responses(vlm, prompts, ids)
+                self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - self.apart[-1])
+        return ids
+
+    def check(self, apart: torch.Tensor) -> float:
+        """The mean difference of log-probabilities (tokens,) over all processes; exits with code 2 where it is another model's."""
+        mismatch = torch.tensor(gather_object(apart.abs().tolist())).nanmean().item()
+        problem = f"server {self.url} samples from another model: mismatch = {mismatch:.3g} nats a token"
+        common.usage_error(*[problem] * (mismatch > self.max_mismatch))
+        return mismatch
+
+
+def connect(server: Server) -> None:
+    """Let the scripts sample by the server from now on."""
+    collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update
+
+    @functools.wraps(collate)
+    def collate_and_note(vlm, records, responses=()):
+        batch = collate(vlm, records, responses)
+        batch.records = records
+        return batch
+
+    @functools.wraps(rollout)
+    def rollout_and_compare(*args):
+        server.apart.clear()
+        roll = rollout(*args)
+        server.apart[:] = [roll.logprob[roll.mask] - torch.cat(server.apart)]
+        return roll
+
+    @functools.wraps(train_update)
+    def send_and_train(models, optimizers, reader, judge, questions, args, *rest):
+        folder = Path(args.out) / "adapter"
+        if PartialState().is_main_process:
+            models.policy.model.save_pretrained(folder, selected_adapters=["default"])
+        PartialState().wait_for_everyone()
+        server.load_adapter(folder)
+        stats = train_update(models, optimizers, reader, judge, questions, args, *rest)
+        [apart] = server.apart
+        mismatch, clipped = server.check(apart), gather_object((apart.expm1().abs() > args.clip_range).tolist())
+        return stats | {"mismatch": mismatch, "mismatch_clipfrac": sum(clipped) / len(clipped)}
+
+    common.collate, common.generate = collate_and_note, server.generate
+    ppo.rollout, ppo.train_update = rollout_and_compare, send_and_train
+
+
+def copy_for_vllm(model: str | Path, folder: str | Path) -> None:
+    """transformers saves `vision_tower.embeddings...`, published checkpoints have `vision_tower.vision_model.embeddings...`."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    for path in Path(folder).glob("*.safetensors"):
+        named = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in load_file(path).items()}
+        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in named.items()}
+        save_file(weights, path, {"format": "pt"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = common.usage_error
+    parser.add_argument("--server", metavar="URL", help="as http://localhost:8000")
+    parser.add_argument("--served-model", metavar="NAME", help="what the server calls the model (default: as here)")
+    parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
+    parser.add_argument("--max-mismatch", type=float, default=0.1, help="nats a token, beyond which it is another model")
+    parser.add_argument("--copy", nargs=2, metavar=("MODEL", "FOLDER"), help="copy a model for vLLM, and do nothing else")
+    parser.add_argument("script", nargs="?", choices=["estimate.py", "evaluate.py", "ppo.py"])
+    parser.add_argument("flags", nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+    if args.copy:
+        return copy_for_vllm(*args.copy)
+    if not (args.server and args.script):
+        common.usage_error("needs --server URL and the name of a script")
+    script = importlib.import_module(args.script.removesuffix(".py"))
+    given = script.parse_args(args.flags)
+    path = getattr(given, "ckpt", None) or given.model
+    if path is None:
+        common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
+        path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
+    if script is ppo and not Path(path, "adapter_config.json").exists():
+        common.usage_error(f"{path} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one")
+    connect(Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model))
+    common.run_script(lambda: script.main(args.flags))
+
+
+if __name__ == "__main__":
+    main()
