@@ -56,7 +56,7 @@ def write_csv(path: Path, table: list[dict]) -> None:
     for line in table:
         parts = {title: str(line[title]).split(" ± ") for title in line}
         rows.append({title + " ±" * i: part for title in line for i, part in enumerate(parts[title])})
-    names = [title + mark for title in (table or [{}])[0] for mark in ("", " ±") if any(title + mark in row for row in rows)]
+    names = [title + mark for title in table[0] for mark in ("", " ±") if any(title + mark in row for row in rows)]
     with common.writing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
@@ -134,7 +134,7 @@ def improvements(rows: dict, methods: list[str]) -> dict[str, dict[str, dict[str
     for name, sign in (("mece", -1), ("f1", 1)):
         for part in evaluate.PARTS:
             pairs = {row: paired(rows.get(row, {}), rows.get(BASE, {}), f"{part}_{name}") for row in methods if row != BASE}
-            gains = {row: sign * 100 * (values - base) / base for row, (values, base) in pairs.items() if base.size}
+            gains = {row: sign * 100 * (values - base) / base for row, (values, base) in pairs.items() if base.size and base.all()}
             panels.setdefault(f"{name.upper()}, improvement over {BASE}, %", {})[part] = gains
     return panels
 
@@ -148,9 +148,8 @@ def plot_intervals(path: Path, panels: dict[str, dict[str, dict[str, np.ndarray]
     for axis, (title, series) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for i, (label, values) in enumerate(series.items()):
             means, halves = np.array([mean_and_half(values.get(row, np.array([]))) for row in rows]).T  # (rows,) each
-            axis.errorbar(
-                means, np.arange(len(rows)) + 0.24 * i - 0.12, xerr=np.nan_to_num(halves), fmt="os"[i], capsize=2, label=label
-            )
+            y = np.arange(len(rows)) + 0.24 * i - 0.12
+            axis.errorbar(means, y, xerr=np.nan_to_num(halves), fmt="os"[i], capsize=2, label=label)
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(title)
         axis.grid(alpha=0.3)
@@ -163,12 +162,12 @@ def plot_risk(path: Path, found: dict, methods: list[str]) -> None:
     """Risk-coverage curves of sentences, means over seeds, a panel a data set."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axis, data in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
-        for row in methods:
+        for i, row in enumerate(methods):
             curves = [run["risk"] for run in found[data].get(row, {}).values() if run.get("risk")]
             if curves:
-                axis.plot(np.arange(1, 21) / 20, np.mean(curves, 0), label=row, linewidth=3 if row == OURS else 1.2)
+                axis.plot(np.arange(1, 21) / 20, np.mean(curves, 0), f"C{i}", label=row, linewidth=3 if row == OURS else 1.2)
+                axis.legend(frameon=False)
         axis.set(title=data, xlabel="coverage, the most confident first", ylabel="share of wrong sentences")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     common.save_figure(path, figure)
 
 
@@ -199,6 +198,6 @@ def show(summary: dict, paper: dict[str, dict], out: Path | None = None) -> None
             print(f"* {data}, {row}: {', '.join(said)}")
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        for title, table in tables.items():
+        for title, table in [(title, table) for title, table in tables.items() if table]:
             write_csv(out / f"{common.plain(title).replace(' ', '_')}.csv", table)
         draw(found, list(next(iter(paper.values()))), out)
