@@ -58,8 +58,9 @@ def test_questions_are_drawn_with_all_their_sentences(tmp_path):
 
 def test_difference_of_internal_confidence_and_consistency(tmp_path):
     """U is half LNLP here; the stored `u`, 1 - consistency, would say that there is no difference at all."""
-    common.write_json(tmp_path / "confidence.json", {"min": [0] * 4, "max": [1] * 4, "weights": [0.5, 0.5, 0, 0], "fuse": "mean"})
-    pairs = ((0.2, 0.95), (0.8, 0.2), (0.0, 0.5))  # (lnlp, consistency): 1 - U is .9, .6, 1, the gaps .05, .4, .5
+    fit = {"min": [0] * 4, "max": [1] * 4, "weights": [0.5, 0.5, 0, 0], "fuse": "mean", "snowball": True}
+    common.write_json(tmp_path / "confidence.json", fit)
+    pairs = ((0.2, 0.95), (0.0, 0.5), (0.8, 0.2))  # (lnlp, consistency): 1 - U is .9, 1, .6, the gaps .05, .5, .4
     zero = dict.fromkeys(common.ESTIMATORS, 0.0)
     said = [zero | {"lnlp": lnlp, "consistency": share, "u": 1 - share} for lnlp, share in pairs]
     common.write_jsonl(tmp_path / "responses.jsonl", [{"sentences": said[:1]}, {"sentences": [*said[1:], zero]}, {"sentences": []}])
@@ -72,27 +73,22 @@ def test_saves_add_up(tmp_path):
     file = tmp_path / "kept.json"
     summary.save(file, {"digits": {"SC": {"0": {"mece": 0.1}, "1": {"mece": 0.2}}}})
     both = summary.save(file, {"digits": {"SC": {"1": {"mece": 0.3}}, "DPS": {"0": {"mece": 0.4}}}})
-    assert (
-        both == common.read_json(file) == {"digits": {"SC": {"0": {"mece": 0.1}, "1": {"mece": 0.3}}, "DPS": {"0": {"mece": 0.4}}}}
-    )
-    assert '"1": { "mece": 0.3 }' in file.read_text()  # a run is a line
+    assert both["digits"] == {"SC": {"0": {"mece": 0.1}, "1": {"mece": 0.3}}, "DPS": {"0": {"mece": 0.4}}}
+    assert common.read_json(file) == both and '"1": { "mece": 0.3 }' in file.read_text()  # a run is a line
 
 
 def test_against_mmboundary(tmp_path):
-    """p of differences .1, .2, .3: t = 2 sqrt 3, p = 1 - t / sqrt(t^2 + 2) = .0742, doubled by Holm. A mark where the order is not
-    the paper's, in the seeds that both have."""
+    """p of differences .1, .2, .3: t = 2 sqrt 3, p = 1 - t / sqrt(t^2 + 2) = .0742, doubled by Holm. Means of seeds both have."""
     run = lambda mece, p: {"mece": mece, "levels": [1, 0, 0, 0, 0], "against": [0, 0, 0, p]}  # noqa: E731
     found = {"worse": {"0": run(0.4, 0.03), "1": run(0.5, 0.01), "2": run(0.6, 0.01)}, "ours": {"3": run(0.1, 0) | {"against": 0}}}
-    found["better"] = {"0": run(0.3, 0.03), "1": run(0.0, 0.2), "2": run(0.0, 0.02), "3": run(0.9, 0.01)}
+    found["better"] = {"0": run(0.3, 0.03), "1": run(0.2, 0.2), "2": run(0.2, 0.02), "3": run(0.9, 0.01)}
     found["MMBoundary"] = {seed: {"mece": 0.3, "levels": [0] * 5} for seed in "012"}
     numbers = {"worse": (0.5, 0.4), "better": (0.5, 0.4), "MMBoundary": (0.5, 0.2), "ours": (), "absent": (1, 1)}
-    paper = tables.by_data(numbers, ("x",))["x"]
-    p = tables.significance(found)
-    assert p["worse"].startswith("0.148") and p["worse"].endswith(", 2/3")  # .03 twice is .06
-    assert p["better"].startswith("0.184") and p["better"].endswith(", 2/4") and p["ours"] == "–"
+    paper = tables.by_data({row: (1, 1, 1, 1, *of) for row, of in numbers.items()}, ("in domain", "out"))["out"]
+    p = {"worse": "0.148, 2/3", "better": "0.184, 2/4", "ours": "–"}  # .03 twice is .06
+    assert tables.significance(found) == p
     assert {row: list(wrong) for row, wrong in tables.wrong_orders(found, paper).items()} == {"better": ["mece"]}
-    table = tables.table_1(found, paper)
-    tables.write_csv(tmp_path / "t.csv", table)
+    tables.write_csv(tmp_path / "t.csv", table := tables.table_1(found, paper))
     worse = next(csv.DictReader((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()))
     assert [line["row"] for line in table] == ["worse", "better †", "MMBoundary", "ours"]
     assert tables.markdown(table).endswith(tables.MARK) and table[0]["MECE↓"] == "0.500 ± 0.248"
