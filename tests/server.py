@@ -47,6 +47,7 @@ import common
 import estimate
 import ppo
 
+collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  # as they are without a server
 RETRIES = 8  # of a request: the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
 
 
@@ -149,7 +150,6 @@ class Server:
 
 def connect(server: Server) -> None:
     """Let the scripts sample by the server from now on."""
-    collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update
 
     @functools.wraps(collate)
     def collate_and_note(vlm, records, responses=()):

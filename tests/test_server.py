@@ -21,6 +21,7 @@ import evaluate
 import ppo
 import warmup
 
+GENERATE = common.generate  # on this side of the server
 KEY = "sk-test-41b7d0c9e8a2f365"
 
 
@@ -69,7 +70,7 @@ class SmallServer(ThreadingHTTPServer):
         vlm, record, choices = self.models[request["model"]], {"image": picture(image), "question": text["text"]}, []
         for i in range(request["n"]):
             prompts = common.collate(vlm, [record])
-            [ids] = common.generate(vlm, prompts, request["temperature"], request["max_tokens"], request["seed"] + i)
+            [ids] = GENERATE(vlm, prompts, request["temperature"], request["max_tokens"], request["seed"] + i)
             logprob = common.response_statistics(vlm, common.add_responses(vlm, prompts, [ids]))[0][0].tolist()
             choice = {"message": {"content": common.read_response(vlm.tokenizer, ids).text}, "token_ids": ids if self.ids else None}
             choice["finish_reason"] = "stop" if ids[-1] in vlm.end_tokens else "length"
@@ -216,7 +217,7 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
 
 
 def ppo_flags(folders, server, out):
-    flags = f"--ckpt {folders.warmup} --device cpu --max-new-tokens 50 --generate-batch 3 --updates 3 --batch-size 2 --samples 2"
+    flags = f"--ckpt {folders.warmup} --device cpu --max-new-tokens 50 --generate-batch 2 --updates 3 --batch-size 2 --samples 2"
     return f"--server {server.url} ppo.py {flags} --value-updates 0 --save-every 1 --lr 0.01 --out {out}".split()
 
 
