@@ -1,11 +1,12 @@
 """The stated confidence put to use at inference: self-correction, against votes over sampled chains at equal tokens.
 
-    python tests/correct.py --ckpt ppo/ --split validation --level 3 --candidates 3 --budget 1.5 2 3 --out corrected/
+    python tests/correct.py --ckpt ppo/ --split validation --level 3 --candidates 3 --budget 2 3 5 --out corrected/
     python tests/correct.py --ckpt ppo/ --data digits-ood --out corrected_ood/
 
-1. Self-correction: the model answers greedily. The first sentence whose stated level is at or below --level is drawn again behind the
-   tokens before it, --candidates times at temperature 1, each until its statement ends. The one stated most confidently is kept, if
-   more so than the sentence that stands there, and completed greedily; on to the next doubtful sentence, none is looked at twice.
+1. Self-correction: the model answers greedily. The first sentence whose stated level is at or below --level is drawn again behind
+   the tokens before it, --candidates times at temperature 1, each until its statement ends. The one stated most confidently is
+   kept, if more so than what stands there, and completed greedily; on to the next doubtful sentence, none is looked at twice. The
+   same sentence with more confidence is no correction: it would leave every error, and state it more confidently.
 2. Votes: N chains at temperature 1. An answer has the weight of the chains that name it: 1 each (majority, Wang et al. 2023) or a
    chain's confidence: that of its last sentence, the minimum or the product over its sentences. No statement is confidence 0.
 3. Selective answering: accuracy at coverage, by a chain's confidence, or the winner's weight over N.
@@ -20,7 +21,6 @@ Writes to --out: correct.json (every figure), chains.jsonl (a question a line), 
 
 import functools
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Generator
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 import common
 import evaluate
@@ -46,9 +46,9 @@ FLAGS = {
     "method": {
         "level": (LEVEL, 3, "draw again what is said at or below this level"),
         "candidates": (COUNT, 3, "for a doubtful sentence, at most"),
-        "budget": (BUDGETS, [1.5, 2.0, 3.0], "times the tokens of the greedy response, at most"),
+        "budget": (BUDGETS, [2.0, 3.0, 5.0], "times the tokens of the greedy response, at most"),
         "samples": (Kind(*COUNT[:3], "+"), [1, 2, 3, 5, 10], "chains of a vote"),
-        "weight": (tuple(WEIGHTS)[1:], "last", "a chain's confidence in the table and the picture; correct.json has all"),
+        "weight": (tuple(WEIGHTS)[1:], "product", "a chain's confidence in the table and the picture; correct.json has all"),
     },
     "data": {name: flag for name, flag in evaluate.FLAGS["data"].items() if name not in ("consistency", "bars")},
 }
@@ -102,37 +102,27 @@ class Tools:
         return bool(ids) and ids[-1] in self.vlm.end_tokens
 
     def states(self, ids: list[int], t: int) -> bool:
-        """Whether sentence t and its statement stand there in full. Where statements stand behind the chain, only its end says so."""
+        """Whether sentence t and its statement stand there in full; where statements stand behind the chain, whether it ended."""
         if self.ended(ids) or self.reader.layout != "each" or not common.STOP.search(self.vlm.tokenizer.decode(ids[-4:])):
             return self.ended(ids)
         text = common.read_response(self.vlm.tokenizer, ids).text
         steps = self.reader.parse([text])[0]
         return len(steps) > t + 1 or (len(steps) == t + 1 and steps[t].level is not None and steps[t].stop >= len(text.rstrip()))
 
-    def go_on(self, records: list[dict], prefixes: list[list[int]], room: list[int], until: list[int | None], seed: int) -> list:
-        """The prefixes with at most room[i] tokens more: sampled until sentence until[i] is stated or, where all are None, greedy."""
+    def go_on(self, records: list[dict], prefixes: list[list[int]], room: list[int], until: list, seed: int) -> list[list[int]]:
+        """The prefixes with at most room[i] tokens more: sampled until sentence until[i] is stated; greedy where that is None."""
         prompts, sampled = continue_from(self.vlm, records, prefixes), until[0] is not None
+        lengths, ended = list(room), [False] * len(room)
 
-        def done(i: int, new: list[int]) -> bool:
-            return len(new) >= room[i] or (sampled and self.states(prefixes[i] + new, until[i]))
+        def stop(input_ids: torch.Tensor, scores, **_) -> torch.Tensor:  # each row by itself; what follows in it is padding
+            for i, new in enumerate(input_ids[:, prompts.start :].tolist()):
+                if not ended[i] and (len(new) >= room[i] or sampled and self.states(prefixes[i] + new, until[i])):
+                    ended[i], lengths[i] = True, len(new)
+            return torch.tensor(ended, device=input_ids.device)
 
-        stop = Stop(prompts.start, done, list(room))
-        inputs = prompts.inputs | {"stopping_criteria": StoppingCriteriaList([stop])}
-        new = common.generate(self.vlm, Batch(inputs, prompts.responses, prompts.mask), float(sampled), max(room), seed)
-        return [ids + tokens[:n] for ids, tokens, n in zip(prefixes, new, stop.lengths, strict=True)]  # then there is padding
-
-
-class Stop(StoppingCriteria):
-    """Ends each row of a batch by itself, where done(row, its tokens); `lengths`: how many those were, or at most may be."""
-
-    def __init__(self, start: int, done, lengths: list[int]):
-        self.start, self.done, self.lengths, self.ended = start, done, lengths, [False] * len(lengths)
-
-    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        for row, new in enumerate(input_ids[:, self.start :].tolist()):
-            if not self.ended[row] and self.done(row, new):
-                self.ended[row], self.lengths[row] = True, len(new)
-        return torch.tensor(self.ended, device=input_ids.device)
+        batch = Batch(prompts.inputs | {"stopping_criteria": StoppingCriteriaList([stop])}, prompts.responses, prompts.mask)
+        new = common.generate(self.vlm, batch, float(sampled), max(room), seed)
+        return [ids + tokens[:n] for ids, tokens, n in zip(prefixes, new, lengths, strict=True)]
 
 
 def continue_from(vlm: common.VLM, records: list[dict], prefixes: list[list[int]]) -> Batch:
@@ -160,11 +150,10 @@ def correct(tools: Tools, record: dict, kept: Chain, level: int, candidates: int
             ids = yield kept.ids[:start], room, t
             spent += len(ids) - start
             drafts += tools.read([record], [ids]) if tools.states(ids, t) else []
-        if MODE == "other":
-            drafts = [d for d in drafts if len(d.steps) > t and common.plain(d.steps[t].text) != common.plain(kept.steps[t].text)]
-        surest = max(drafts, key=lambda draft: draft.level(t), default=kept)  # the first of equals
+        others = [d for d in drafts if len(d.steps) > t and common.plain(d.steps[t].text) != common.plain(kept.steps[t].text)]
+        surest = max(others, key=lambda draft: draft.level(t), default=kept)  # the first of equals
         surest, room, cost = surest if surest.level(t) > kept.level(t) else kept, limit - spent, 0
-        for draft in drafts:
+        for draft in others:
             whole, left = draft, min(room, tools.max_new_tokens - len(draft.ids))
             if not tools.ended(draft.ids) and left > 0:
                 whole = tools.read([record], [(yield draft.ids, left, None)])[0]
@@ -175,28 +164,22 @@ def correct(tools: Tools, record: dict, kept: Chain, level: int, candidates: int
     return kept, spent, seen
 
 
-MODE = os.environ.get("MODE")
-
-
-def run_jobs(tools: Tools, records: list[dict], jobs: list[Generator], seed: int) -> list:
-    """What the jobs return, one a record; in each round what they ask for is drawn in two batches, the sampled and the greedy."""
-    asked, results = {i: None for i in range(len(jobs))}, [None] * len(jobs)
-    sent: dict[int, list | None] = dict.fromkeys(range(len(jobs)))
-    while sent:
+def run_jobs(tools: Tools, records: list[dict], jobs: list[Generator], seed: int) -> list[tuple]:
+    """What the jobs return, one a record. What they ask for is drawn in rounds of two batches, candidates and completions."""
+    results, answers = {}, dict.fromkeys(range(len(jobs)))
+    while answers:
         asked = {}
-        for i, ids in sent.items():
+        for i, ids in answers.items():
             try:
                 asked[i] = jobs[i].send(ids)
             except StopIteration as end:
                 results[i] = end.value
-        sent = {}
-        for greedy in (False, True):
-            rows = [i for i, (_, _, until) in asked.items() if (until is None) == greedy]
-            if rows:
-                prefixes, room, until = zip(*(asked[i] for i in rows), strict=True)
-                seed += 1
-                sent |= zip(rows, tools.go_on([records[i] for i in rows], list(prefixes), room, until, seed), strict=True)
-    return results
+        answers = {}
+        for rows in ([i for i in asked if asked[i][2] is not None], [i for i in asked if asked[i][2] is None]):
+            prefixes, room, until = zip(*(asked[i] for i in rows), strict=True) if rows else ((), (), ())
+            seed += 1
+            answers |= zip(rows, tools.go_on([records[i] for i in rows], prefixes, room, until, seed) if rows else (), strict=True)
+    return [results[i] for i in range(len(jobs))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- figures
@@ -239,38 +222,25 @@ def make_rows(lines: list[dict], budgets: list[float], samples: list[int]) -> li
 
 def make_table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| method | budget or N | tokens | x greedy | accuracy | mended, broken | ceiling | at 80% | at 50% |",
-        "|" + "---|" * 9,
-    ]
-    for row in rows:
-        cells = [
-            f"{row['tokens']:.1f}",
-            f"{row['times_greedy']:.2f}",
-            f"{row['accuracy']:.3f}",
-            f"{row['mended']}, {row['broken']}",
-        ]
-        cells += [f"{row[name]:.3f}" for name in ("ceiling", "selective_80", "selective_50")]
-        lines.append(f"| {row['method']}, {row['weight']} | {row['setting']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = ["| method | budget, N | tokens | x greedy | accuracy | mended, broken | ceiling | at 80% | at 50% |", "|---" * 9 + "|"]
+    cells = "| {method}, {weight} | {setting:g} | {tokens:.1f} | {times_greedy:.2f} | {accuracy:.3f} | {mended}, {broken} "
+    cells += "| {ceiling:.3f} | {selective_80:.3f} | {selective_50:.3f} |"
+    return "\n".join([*lines, *(cells.format(**row) for row in rows)])
 
 
 def plot(path: Path, rows: list[dict]) -> None:
-    """Left: accuracy and ceiling against tokens. Right: accuracy at coverage, at the largest setting of each method."""
+    """Left: accuracy (dotted: its ceiling) against tokens. Right: accuracy at coverage, at the last setting of each method."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, name in enumerate(dict.fromkeys((row["method"], row["weight"]) for row in rows)):
-        of, style = [row for row in rows if (row["method"], row["weight"]) == name], {"color": f"C{k}", "marker": "o^sd"[k]}
-        left.plot([row["tokens"] for row in of], [row["accuracy"] for row in of], label=", ".join(name), **style)
-        left.plot([row["tokens"] for row in of], [row["ceiling"] for row in of], linestyle=":", alpha=0.6, **style)
+        of = [row for row in rows if (row["method"], row["weight"]) == name]
+        for key, line in (("accuracy", "-"), ("ceiling", ":")):
+            left.plot([r["tokens"] for r in of], [r[key] for r in of], line, c=f"C{k}", marker="os^d"[k], label=", ".join(name))
         curve = 1 - np.array(of[-1]["risk_coverage"])
-        right.plot(
-            np.arange(1, len(curve) + 1) / len(curve), curve, color=f"C{k}", label=f"{', '.join(name)}, {of[-1]['setting']:g}"
-        )
+        right.plot(np.linspace(0, 1, len(curve) + 1)[1:], curve, c=f"C{k}", label=f"{', '.join(name)} ({of[-1]['setting']:g})")
     left.set(xscale="log", xlabel="tokens a question", ylabel="accuracy (dotted: ceiling)")
     right.set(xlabel="coverage", ylabel="accuracy of the answers given")
-    for axis in (left, right):
-        axis.legend(fontsize=8, frameon=False)
+    right.legend(fontsize=8, frameon=False)
     common.save_figure(path, figure)
 
 
