@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import summary
 import torch
 from matplotlib.figure import Figure
 from transformers import StoppingCriteriaList
@@ -215,7 +216,7 @@ def make_rows(lines: list[dict], budgets: list[float], samples: list[int]) -> li
             row = {"method": method, "setting": setting, "weight": weight, "tokens": tokens, "times_greedy": times}
             row |= {"accuracy": float(right.mean()), "ceiling": ceiling}
             row |= {"mended": int((right > before).sum()), "broken": int((right < before).sum())}
-            row |= {f"selective_{share}": evaluate.selective_accuracy(sure, right, share / 100) for share in (80, 50)}
+            row |= {f"selective_{share}": summary.selective_accuracy(sure, right, share / 100) for share in (80, 50)}
             rows.append(row | {"risk_coverage": evaluate.risk_coverage(sure, right).tolist()})
     return rows
 

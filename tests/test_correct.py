@@ -12,7 +12,7 @@ import estimate
 
 SURE, FAIR, UNSURE = ", and I trust this is correct.", ", it might not be right.", ". I'm unsure about this."  # levels 4, 2, 1
 START, END = "The left digit is 3" + SURE, f" 3 plus 6 is 9{SURE} So, the answer is 9{SURE}</s>"
-GREEDY, MENDED = f"{START} The right digit is 6{FAIR}{END}", f" 3 plus 5 is 8{SURE} So, the answer is 8{SURE}</s>"
+GREEDY = f"{START} The right digit is 6{FAIR}{END}"
 RECORD, TOKENIZER = scripted.record(3, 5), scripted.processor().tokenizer
 
 
@@ -22,15 +22,9 @@ def ids_of(text):
 
 @pytest.fixture(scope="module")
 def tools(reader):
-    processor = scripted.processor()
-    return correct.Tools(scripted.Bigram(processor, {}).vlm(processor), reader, common.Matcher("exact"), 200)
-
-
-@pytest.fixture(scope="module")
-def untrained(reader):
     torch.manual_seed(0)
     model = estimate.build_digits_model(scripted.processor(), hidden_size=32, layers=1)
-    return correct.Tools(common.make_vlm(model, scripted.processor()), reader, common.Matcher("exact"), 30)
+    return correct.Tools(common.make_vlm(model, scripted.processor()), reader, common.Matcher("exact"), 200)
 
 
 def play(tools, say, candidates=2, budget=4.0, text=GREEDY):
@@ -47,26 +41,26 @@ def play(tools, say, candidates=2, budget=4.0, text=GREEDY):
         return requests, end.value, drawn
 
 
-def test_the_doubtful_sentence_is_drawn_again_behind_the_tokens_before_it(tools):
-    said = iter([f" The right digit is 5{SURE}", f" The right digit is 8{FAIR}", MENDED, MENDED])
-    requests, (kept, _, seen), _ = play(tools, lambda _: next(said))
-    assert [prefix for prefix, _, _ in requests[:2]] == [ids_of(START)] * 2 and [r[2] for r in requests] == [1, 1, None, None]
-    assert kept.ids == ids_of(f"{START} The right digit is 5{SURE}{MENDED}") and kept.right and not seen[0].right
-
-
 @pytest.mark.parametrize("levels, best", [((FAIR, SURE), 8), ((SURE, UNSURE), 7), ((SURE, SURE), 7), ((FAIR, FAIR), 6)])
-def test_the_surest_candidate_wins_and_the_first_of_equals(tools, levels, best):
+def test_the_doubtful_sentence_is_drawn_again_and_the_surest_kept(tools, levels, best):
     said = [f" The right digit is {digit}{level}" for digit, level in zip((7, 8), levels, strict=True)]
     endings = {7: END, 8: f" Well.{END}"}  # of different lengths: one of them counts, or none
     texts = iter([*said, *endings.values()])
-    _, (kept, spent, seen), drawn = play(tools, lambda _: next(texts))
-    assert kept.steps[1].text == f"The right digit is {best}." and drawn == sum(len(ids_of(text)) for text in said)
-    assert spent == len(ids_of(GREEDY)) + drawn + len(ids_of(endings.get(best, ""))) and len(seen) == 3
+    requests, (kept, spent, seen), drawn = play(tools, lambda _: next(texts))
+    assert [r[::2] for r in requests] == [(ids_of(START), 1)] * 2 + [(ids_of(START + text), None) for text in said]
+    assert kept.ids == ids_of(GREEDY if best == 6 else START + said[best - 7] + endings[best]) and len(seen) == 3
+    assert drawn == sum(len(ids_of(text)) for text in said)
+    assert spent == len(ids_of(GREEDY)) + drawn + len(ids_of(endings.get(best, "")))
+
+
+def test_the_same_sentence_with_more_confidence_is_no_correction(tools):
+    requests, (kept, spent, seen), drawn = play(tools, lambda _: f" The right digit is 6{SURE}")
+    assert len(requests) == 2 and seen == [kept] and kept.ids == ids_of(GREEDY) and spent == len(kept.ids) + drawn
 
 
 def test_the_budget_holds_whatever_is_said(tools):
     text, sure = GREEDY.replace(SURE, FAIR), f" The right digit is 5{SURE}"
-    draw, endings = random.Random(0), [END, MENDED, " The" * 99]
+    draw, endings = random.Random(0), [END, " Well.</s>", " The" * 99]
     sentences = [sure, f" The right digit is 8{FAIR}", f" The right digit is 7{UNSURE}", " Well" + ", maybe" * 30]
     for budget in [1.0, 1.3, 2.0, 3.0, 6.0] * 10:
         say = lambda until: draw.choice(endings if until is None else sentences)  # noqa: E731
@@ -82,14 +76,14 @@ def test_where_a_sentence_and_its_statement_end(tools):
     assert not any(tools.states(ids_of(text), 0) for text in ("The left digit is 3,", "The left digit is 3.", START[:-1]))
 
 
-def test_prefixes_go_on_as_whole_responses_did_and_rows_stop_by_themselves(untrained, monkeypatch):
+def test_prefixes_go_on_as_whole_responses_and_rows_stop_by_themselves(tools, monkeypatch):
     records = [scripted.record(3, 5, grey=grey) for grey in (0.1, 0.5, 0.9)]
-    whole = common.generate(untrained.vlm, common.collate(untrained.vlm, records), 0.0, 30, 0)
+    whole = common.generate(tools.vlm, common.collate(tools.vlm, records), 0.0, 30, 0)
     prefixes = [ids[:n] for ids, n in zip(whole, (0, 3, 14), strict=True)]
-    assert untrained.go_on(records, prefixes, [30, 27, 4], [None] * 3, 0) == [whole[0], whole[1], whole[2][:18]]
-    free = untrained.go_on(records, [[]] * 3, [20] * 3, [0] * 3, 5)
+    assert tools.go_on(records, prefixes, [30, 27, 4], [None] * 3, 0) == [whole[0], whole[1], whole[2][:18]]
+    free = tools.go_on(records, [[]] * 3, [20] * 3, [0] * 3, 5)
     monkeypatch.setattr(correct.Tools, "states", lambda self, ids, t: len(ids) >= t)
-    assert untrained.go_on(records, [[]] * 3, [20, 12, 20], [4, 30, 9], 5) == [free[0][:4], free[1][:12], free[2][:9]]
+    assert tools.go_on(records, [[]] * 3, [20, 12, 20], [4, 30, 9], 5) == [free[0][:4], free[1][:12], free[2][:9]]
 
 
 def test_jobs_are_drawn_together(tools, monkeypatch):
@@ -130,8 +124,8 @@ def test_votes_and_rows_by_hand():
     assert [rows["vote", 1, "last"][name] for name in figures] == [15, 1, 0.5, 0.5, 0, 0, 1]
 
 
-def test_the_script(untrained, tmp_path, capsys):
-    common.save_model(untrained.vlm, tmp_path / "model")
+def test_the_script(tools, tmp_path, capsys):
+    common.save_model(tools.vlm, tmp_path / "model")
     flags = f"--ckpt {tmp_path}/model --cache {tmp_path} --limit 3 --max-new-tokens 9 --samples 1 2".split()
     for out in ("a", "b"):
         correct.main([*flags, "--out", str(tmp_path / out)])
