@@ -19,7 +19,6 @@ import builders
 import numpy as np
 import torch
 from accelerate import Accelerator
-from benchmark import machine
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextImageProcessor, Qwen2VLImageProcessor
 
@@ -80,8 +79,7 @@ def reinforce(adapter: Path, records: list[dict], args, clip: str, alone: Accele
     judge = ppo.Judge(estimate.fit_confidence(np.random.default_rng(0).random((50, 4)), [0.25] * 4), *tools)
     measured(f"ppo.py, a rollout of {n} responses", lambda: ppo.rollout(models, reader, records, args, 0))
     update = lambda: ppo.train_update(models, optimizers, reader, judge, records, args, 1, False, alone)  # noqa: E731
-    stats = measured(f"ppo.py, an update of {n} responses, rollout included", update)
-    print("| of which | " + ", ".join(f"{name[8:]} {stats[name]:.2f}" for name in stats if name.startswith("seconds")) + " | |")
+    measured(f"ppo.py, an update of {n} responses, rollout included", update)
     sample = lambda prompts: common.generate(policy, prompts, 0.1, args.max_new_tokens, 0)  # noqa: E731
     measured(f"estimate.py, {len(records[:8])} questions", lambda: common.measure(policy, records[:8], sample, *tools))
     return common.collate(policy, records[:1]).start
@@ -123,8 +121,7 @@ def same_statistics(work: Path, device: str) -> None:
 
 
 def launched(work: Path, device: str) -> str:
-    """All scripts on a digits world that trained for a moment, ppo.py by `accelerate launch` (nccl on a GPU), whose checkpoint is
-    loaded on the CPU -> the CLIP model."""
+    """All scripts on a small digits world, ppo.py by `accelerate launch` (nccl on a GPU) -> the world's CLIP model."""
     paths = estimate.digits_paths(work / "cache", 0, 1.0)
     estimate.train_digits_clip(Path(paths["clip"]), 0, 1.0, steps=(20, 20))
     estimate.train_digits_model(Path(paths["model"]), 0, 1.0, steps=60)
@@ -136,16 +133,16 @@ def launched(work: Path, device: str) -> str:
     for stage, more in flags.items():
         command = f"{launch * (stage == 'ppo')} {stage}.py --device {device} --out {work}/{stage} {more}"
         subprocess.run([sys.executable, *command.split()], cwd=Path(__file__).parents[1], check=True)
-    models = ppo.load_models(work / "warmup", ppo.parse_args([]), "cpu")
+    args = ppo.parse_args(["--lr", "1e-4"])
+    models = ppo.load_models(work / "warmup", args, "cpu")
     modules = {"policy": models.policy.model, "value_head": models.value_head}
-    step = common.load_checkpoint(work / "ppo" / "trainer_state.pt", modules, ppo.make_optimizers(models, ppo.parse_args([])))
+    step = common.load_checkpoint(work / "ppo" / "trainer_state.pt", modules, ppo.make_optimizers(models, args))
     print(f"All scripts ran on {device}, ppo.py by accelerate launch; on the CPU its checkpoint goes on at update {step}.")
     return paths["clip"]
 
 
 def main() -> None:
     bench = common.parse_flags(__doc__, FLAGS)
-    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         same_statistics(Path(folder), bench.device)
         clip = launched(Path(folder), bench.device)
