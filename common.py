@@ -850,6 +850,7 @@ def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool =
 def save_model(vlm: VLM, folder: str | Path) -> None:
     """Full weights, or a PEFT adapter, and the processor, in Hugging Face format."""
     vlm.model.save_pretrained(folder)
+    getattr(getattr(vlm.tokenizer, "backend_tokenizer", None), "no_padding", int)()  # it would save how the last batch was padded
     vlm.processor.save_pretrained(folder)
 
 

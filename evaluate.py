@@ -8,7 +8,6 @@ MECE is not a proper score, E|I - c| is least at c = 0 or 1. `mece_constant` is 
 Brier, a proper score, and its skill stand beside it.
 
     python evaluate.py --ckpt ppo/
-    python evaluate.py --ckpt ppo/ --data digits-ood --out results_ood
 """
 
 import argparse
@@ -377,8 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     vlm = common.load_model(args.ckpt, args, run.device)
 
-    drawn = (args.max_new_tokens, args.seed, args.consistency)
-    answer = lambda batch, _: predict(vlm, reader, matcher, batch, *drawn)  # noqa: E731
+    answer = lambda b, _: predict(vlm, reader, matcher, b, args.max_new_tokens, args.seed, args.consistency)  # noqa: E731
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
     bars = None
     if args.bars and Path(args.ckpt, "confidence.json").exists():

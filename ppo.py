@@ -191,7 +191,8 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
         if args.reward == "answer":  # SaySelf's: 1 - 2 (I - EV)^2 of the last sentence alone
             reward = terms[-1, 1] if steps else torch.tensor(-1.0)
         offsets = roll.responses[row].offsets
-        ends = [[common.step_tokens(offsets, step.start, end)[-1] for end in (step.end, step.stop)] for step in steps]
+        spans = [((step.start, step.end), (step.start if step.said is None else step.said, step.stop)) for step in steps]
+        ends = [[common.step_tokens(offsets, *span)[-1] for span in pair] for pair in spans]
         n_reference = len(common.reference_chain(roll.records[row]))
         place(scores[row, : len(offsets)], reward, weights * terms, ends, n_reference)
     return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))

@@ -134,6 +134,16 @@ def test_rewards(args, reader):
         assert not ends[row, :last].any() and not ends[row, last + 1 :].any()
 
 
+def test_a_statement_may_stand_before_its_sentence(args):
+    """As a policy that should say all statements behind the chain may sample it."""
+    text = "It is red. I trust this is correct. I'm unsure about this. It is a car."
+    roll = fake_rollout(common.StatementReader(layout="after"), [text])
+    assert [(step.level, step.said) for step in roll.steps[0]] == [(4, text.index("I trust")), (1, text.index("I'm"))]
+    args.alpha = args.gamma = 0.0
+    scores, _ = ppo.rewards(roll, [(np.array([1, 0]), np.array([0.5, 0.0]))], args)
+    assert scores[0].nonzero()[:, 0].tolist() == [text.index("correct.") + 7, text.index("this. It") + 4]
+
+
 def test_an_extra_sentence_pays_for_itself(args, reader):
     """Placed rewards sum to R, and none depends on what is written after it: else a repeated sentence would look like a gain. What
     stops early has less than R: a sentence that is missing earns nothing."""
