@@ -209,8 +209,7 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
     advantages = torch.randn(roll.mask.shape, generator=torch.Generator().manual_seed(0))
     trained = []
     for micro_batch, garbage in ((12, False), (5, False), (12, True)):
-        twin, other, given = copy.copy(models), copy.copy(roll), advantages
-        twin.policy = copy.deepcopy(models.policy)
+        twin, other, given = models._replace(policy=copy.deepcopy(models.policy)), copy.copy(roll), advantages
         if garbage:
             other.logprob, given = (torch.where(roll.mask, x, 1e3) for x in (roll.logprob, advantages))
         args.micro_batch = micro_batch
