@@ -108,7 +108,7 @@ def usage_error(*problems: str) -> None:
     if problems:
         while NEW:
             folder = NEW.pop()
-            if {path.name for path in folder.iterdir()} <= {"run.json"}:
+            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json"}:
                 shutil.rmtree(folder)
         print(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
         raise SystemExit(2)

@@ -48,7 +48,7 @@ FLAGS = {
         "level": (LEVEL, 3, "draw again what is said at or below this level"),
         "candidates": (COUNT, 3, "for a doubtful sentence, at most"),
         "budget": (BUDGETS, [2.0, 3.0, 5.0], "times the tokens of the greedy response, at most"),
-        "samples": (Kind(*COUNT[:3], "+"), [1, 2, 3, 5, 10], "chains of a vote"),
+        "samples": (COUNT._replace(nargs="+"), [1, 2, 3, 5, 10], "chains of a vote"),
         "weight": (tuple(WEIGHTS)[1:], "product", "a chain's confidence in the table and the picture; correct.json has all"),
     },
     "data": {name: flag for name, flag in evaluate.FLAGS["data"].items() if name not in ("consistency", "bars")},

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jinja2
 import numpy as np
+import summary
 from matplotlib.figure import Figure
-from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 import common
@@ -120,10 +120,9 @@ def means_table(scores: dict[str, np.ndarray]) -> str:
     """{system: (raters, questions, criteria)} -> Table 2 in Markdown, with 95% intervals of Avg. over questions."""
     lines = [f"| Model | {' | '.join(CRITERIA)} | Avg. |", "|---" * (len(CRITERIA) + 2) + "|"]
     for name, given in scores.items():
-        questions = given.mean((0, 2))  # raters of one question are no independent samples
-        half = stats.sem(questions) * stats.t.ppf(0.975, len(questions) - 1) if len(questions) > 1 else np.nan
+        average, half = summary.mean_and_half(given.mean((0, 2)))  # raters of one question are no independent samples
         cells = [name.replace("|", "\\|"), *(f"{mean:.2f}" for mean in given.mean((0, 1)))]
-        lines.append(f"| {' | '.join(cells)} | {questions.mean():.2f}{'' if np.isnan(half) else f' ± {half:.2f}'} |")
+        lines.append(f"| {' | '.join(cells)} | {average:.2f}{'' if np.isnan(half) else f' ± {half:.2f}'} |")
     return "\n".join(lines)
 
 
