@@ -122,11 +122,7 @@ def same_statistics(work: Path, device: str) -> None:
 
 def launched(work: Path, device: str) -> str:
     """All scripts on a small digits world, ppo.py by `accelerate launch` (nccl on a GPU) -> the world's CLIP model."""
-    paths = estimate.digits_paths(work / "cache", 0, 1.0)
-    estimate.train_digits_clip(Path(paths["clip"]), 0, 1.0, steps=(20, 20))
-    estimate.train_digits_model(Path(paths["model"]), 0, 1.0, steps=60)
-    for path in paths.values():
-        Path(path, "done").touch()
+    paths = builders.build_digits_world(work / "cache", steps=60)
     flags = {"estimate": f"--limit 12 --cache {work}/cache", "warmup": f"--estimate {work}/estimate --epochs 1 --lora-rank 4"}
     flags |= {"ppo": f"--ckpt {work}/warmup --updates 1 --batch-size 4", "evaluate": f"--ckpt {work}/ppo --limit 4"}
     launch = f"-m accelerate.commands.launch {'--cpu' if device == 'cpu' else '--multi_gpu'} --num_machines 1 --num_processes 1"

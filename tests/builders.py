@@ -38,6 +38,18 @@ import common
 import estimate
 
 VICUNA = estimate.CHAT_TEMPLATE
+
+
+def build_digits_world(cache: Path, steps: int = 100) -> dict[str, str]:
+    """A digits world in `cache` that trained just long enough to write chains of four sentences -> where its models lie."""
+    paths = estimate.digits_paths(cache, 0, 1.0)
+    estimate.train_digits_clip(Path(paths["clip"]), 0, 1.0, steps=(20, 20))
+    estimate.train_digits_model(Path(paths["model"]), 0, 1.0, steps=steps)
+    for path in paths.values():
+        Path(path, "done").touch()
+    return paths
+
+
 MISTRAL = (
     "<s>{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}"
     "{% endif %}{% endfor %} [/INST]{% endfor %}"

@@ -5,6 +5,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import builders
 import pytest
 from accelerate import Accelerator
 
@@ -31,13 +32,8 @@ def reader():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A digits world that trained just long enough to write chains of four sentences."""
     folder = tmp_path_factory.mktemp("cache")
-    paths = estimate.digits_paths(folder, 0, 1.0)
-    estimate.train_digits_clip(Path(paths["clip"]), 0, 1.0, steps=(20, 20))
-    estimate.train_digits_model(Path(paths["model"]), 0, 1.0, steps=100)
-    for path in paths.values():
-        (Path(path) / "done").touch()
+    builders.build_digits_world(folder)
     return folder
 
 

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from annotate import RETRIES
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
@@ -48,7 +49,6 @@ import estimate
 import ppo
 
 collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  # as they are without a server
-RETRIES = 8  # of a request: the client waits 0.5, 1, ... 8 s, less up to a quarter, or what Retry-After says
 
 
 class Server:
@@ -102,18 +102,14 @@ class Server:
         settings["logit_bias"] = dict.fromkeys(map(str, vlm.base.generation_config.suppress_tokens or ()), -100)
 
         def ask(record: dict, n: int) -> list[dict]:
-            common.load_image(record["image"]).save(
-                picture := io.BytesIO(), "png", compress_level=1
-            )  # the pixels that are measured
+            picture = io.BytesIO()  # of the pixels that are measured
+            common.load_image(record["image"]).save(picture, "png", compress_level=1)
             url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
             text = vlm.special.sub(" ", common.prompt_text(record))
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-            body = {
-                "messages": [{"role": "user", "content": content}],
-                "n": n,
-                "seed": zlib.crc32(f"{seed} {record['id']}".encode()),
-            }
-            return self.client.post("/chat/completions", cast_to=object, body=settings | body)["choices"]
+            body = settings | {"n": n, "seed": zlib.crc32(f"{seed} {record['id']}".encode())}
+            body["messages"] = [{"role": "user", "content": content}]
+            return self.client.post("/chat/completions", cast_to=object, body=body)["choices"]
 
         drawn = []
         groups = [list(group) for _, group in itertools.groupby(records, key=id)]
