@@ -1,9 +1,10 @@
-"""What the tests test_core_*.py share: a policy whose every probability is set by hand, and a model that says what a test wants."""
+"""What several tests share: a policy whose every probability is set, a model that says what a test wants, a refusal in a line."""
 
 from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -90,3 +91,13 @@ def says(monkeypatch, ids):
     """Let `generate` return these responses (lists of token ids), whatever it is asked."""
     left = list(ids)
     monkeypatch.setattr(common, "generate", lambda vlm, prompts, *_: [left.pop(0) for _ in prompts.inputs["input_ids"]])
+
+
+def code_and_line(capsys, main, *flags) -> str:
+    """The one line with which a script refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main([str(flag) for flag in flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert error.value.code == 2 and len(lines) == 1
+    return lines[0]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scripted import code_and_line
 
 import common
 import estimate
@@ -407,16 +408,6 @@ def test_given_responses_without_references_have_no_rewards(runs, tmp_path, caps
         with pytest.raises(SystemExit):
             ppo.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "p"), *flags])
         assert "need the reference chains" in capsys.readouterr().err and not (tmp_path / "p").exists()
-
-
-def code_and_line(capsys, main, *flags) -> str:
-    """The one line with which a script refuses."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        main([str(flag) for flag in flags])
-    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    assert error.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def test_folders_that_hold_or_are_held(runs, tmp_path, capsys):

@@ -13,6 +13,7 @@ import server as engine
 import torch
 from peft import PeftModel
 from PIL import Image
+from scripted import code_and_line
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import common
@@ -123,11 +124,9 @@ def folders(cache, tmp_path_factory):
 
 
 def one_line(capsys, main, *flags):
-    """The line that a run ends with, and no other."""
-    with pytest.raises(SystemExit) as stopped:
-        main([*flags])
-    [line] = [line for line in capsys.readouterr().err.split("\n") if ": error: " in line]
-    assert stopped.value.code == 2 and KEY not in line
+    """The line that a run ends with, and no other, without the key."""
+    line = code_and_line(capsys, main, *flags)
+    assert KEY not in line
     return line
 
 
