@@ -3,9 +3,11 @@ computes what the CPU does. Nothing is downloaded: the models are built from the
 
     python tests/bench_gpu.py --quick                # LLaVA-NeXT 7B, small batches: some minutes
     python tests/bench_gpu.py                        # Qwen2-VL 7B, too, and the default sizes of ppo.py
+    python tests/bench_gpu.py --quick --family qwen2-vl
     python tests/bench_gpu.py --tiny --device cpu    # the same steps on tiny models: tries this script
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ import ppo
 import warmup
 
 FLAGS = {"device": (common.TEXT, "cuda", "where the models run"), "quick": (common.SWITCH, False, "one model, small batches")}
-FLAGS = {"bench": FLAGS | {"tiny": (common.SWITCH, False, "tiny models")}}
+FLAGS |= {"tiny": (common.SWITCH, False, "tiny models"), "family": (common.TEXT, "", "one of both: llava-next-vicuna, qwen2-vl")}
 VOCABULARY = {"llava-next-vicuna": 32064, "qwen2-vl": 152064}
 
 
@@ -41,7 +43,8 @@ def build(name: str, folder: Path, device: str) -> None:
         processor.image_processor = Qwen2VLImageProcessor(max_pixels=1280 * 28 * 28)
     else:
         config = builders.llava_next_config(VOCABULARY[name], ids["<image>"], full=True)
-        processor.image_processor = LlavaNextImageProcessor(image_grid_pinpoints=config.image_grid_pinpoints)
+        sizes = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+        processor.image_processor = LlavaNextImageProcessor(image_grid_pinpoints=config.image_grid_pinpoints, **sizes)
     with torch.device(device):
         AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -121,28 +124,45 @@ def same_statistics(work: Path, device: str) -> None:
 
 
 def launched(work: Path, device: str) -> str:
-    """All scripts on a small digits world, ppo.py by `accelerate launch` (nccl on a GPU) -> the world's CLIP model."""
+    """All scripts on a small digits world, ppo.py under torchrun (nccl on a GPU) -> the world's CLIP model.
+
+    `accelerate launch` starts several processes by torchrun; a single one it starts without a process group.
+    """
     paths = builders.build_digits_world(work / "cache", steps=60)
     flags = {"estimate": f"--limit 12 --cache {work}/cache", "warmup": f"--estimate {work}/estimate --epochs 1 --lora-rank 4"}
     flags |= {"ppo": f"--ckpt {work}/warmup --updates 1 --batch-size 4", "evaluate": f"--ckpt {work}/ppo --limit 4"}
-    launch = f"-m accelerate.commands.launch {'--cpu' if device == 'cpu' else '--multi_gpu'} --num_machines 1 --num_processes 1"
     for stage, more in flags.items():
-        command = f"{launch * (stage == 'ppo')} {stage}.py --device {device} --out {work}/{stage} {more}"
-        subprocess.run([sys.executable, *command.split()], cwd=Path(__file__).parents[1], check=True)
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node 1" * (stage == "ppo")
+        command = [sys.executable, *f"{torchrun} {stage}.py --device {device} --out {work}/{stage} {more}".split()]
+        subprocess.run(command, cwd=Path(__file__).parents[1], check=True, env=os.environ | {"NCCL_DEBUG": "VERSION"})
     args = ppo.parse_args(["--lr", "1e-4"])
     models = ppo.load_models(work / "warmup", args, "cpu")
     modules = {"policy": models.policy.model, "value_head": models.value_head}
     step = common.load_checkpoint(work / "ppo" / "trainer_state.pt", modules, ppo.make_optimizers(models, args))
-    print(f"All scripts ran on {device}, ppo.py by accelerate launch; on the CPU its checkpoint goes on at update {step}.")
+    print(f"All scripts ran on {device}, ppo.py under torchrun; on the CPU its checkpoint goes on at update {step}.")
     return paths["clip"]
 
 
+def token_statistics(device: str, n_tokens: int = 2048) -> None:
+    """Log-probabilities and entropies of tokens over a vocabulary of 152,064 words, against the product with the head alone."""
+    hidden, weight = (torch.randn(n, 3584, device=device, dtype=torch.bfloat16) for n in (n_tokens, VOCABULARY["qwen2-vl"]))
+    targets = torch.randint(len(weight), (n_tokens,), device=device)
+    work = {"the product with the head": lambda: [rows @ weight.T for rows in hidden.split(64)]}
+    work |= {"statistics": lambda: common.HeadStatistics.apply(hidden, weight, targets)}
+    print("| what | seconds | peak GB |\n|---|---|---|")
+    for what, run in [*work.items()] * 3:  # the first of the three warms up
+        with torch.no_grad():
+            measured(f"{what}, {n_tokens} tokens", run)
+
+
 def main() -> None:
-    bench = common.parse_flags(__doc__, FLAGS)
+    bench = common.parse_flags(__doc__, {"bench": FLAGS})
+    print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "torch", torch.__version__)
+    token_statistics(bench.device, 64 if bench.tiny else 2048)
     with tempfile.TemporaryDirectory() as folder:
         same_statistics(Path(folder), bench.device)
         clip = launched(Path(folder), bench.device)
-        for name in list(VOCABULARY)[: 1 if bench.quick else 2]:
+        for name in [bench.family] if bench.family else list(VOCABULARY)[: 1 if bench.quick else 2]:
             with tempfile.TemporaryDirectory() as work:
                 stages(name, Path(work), bench, clip)
 
