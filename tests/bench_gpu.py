@@ -7,6 +7,7 @@ computes what the CPU does. Nothing is downloaded: the models are built from the
     python tests/bench_gpu.py --tiny --device cpu    # the same steps on tiny models: tries this script
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -52,11 +53,13 @@ def build(name: str, folder: Path, device: str) -> None:
 
 def measured(what: str, work):
     """Print the seconds of a call and the most memory that is held during it, weights included -> what it returns."""
+    gc.collect()  # models of an earlier stage
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     began, result, peak = time.perf_counter(), work(), float("nan")
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
     print(f"| {what} | {time.perf_counter() - began:.2f} | {peak:.2f} |", flush=True)
     return result
 
@@ -80,6 +83,10 @@ def reinforce(adapter: Path, records: list[dict], args, clip: str, alone: Accele
     optimizers, reader = ppo.make_optimizers(models, args), common.StatementReader(device=args.device)
     tools = common.ClipScorer(clip, args.device), common.Similarity(device=args.device), common.Matcher()
     judge = ppo.Judge(estimate.fit_confidence(np.random.default_rng(0).random((50, 4)), [0.25] * 4), *tools)
+    prompts = common.collate(policy, [record for record in records for _ in range(args.samples)])
+    ids = measured(f"sampling {n} responses", lambda: common.generate(policy, prompts, 1.0, args.max_new_tokens, 0))
+    with torch.no_grad():
+        measured("their statistics", lambda: common.response_statistics(policy, common.add_responses(policy, prompts, ids)))
     measured(f"ppo.py, a rollout of {n} responses", lambda: ppo.rollout(models, reader, records, args, 0))
     update = lambda: ppo.train_update(models, optimizers, reader, judge, records, args, 1, False, alone)  # noqa: E731
     measured(f"ppo.py, an update of {n} responses, rollout included", update)
@@ -104,7 +111,9 @@ def stages(name: str, work: Path, bench, clip: str) -> None:
     warm_up(folder, work / "adapter", records, sft, Accelerator(cpu=bench.device == "cpu"))
     prompt = reinforce(work / "adapter", records, args, clip, Accelerator(cpu=bench.device == "cpu"))
     plan = bench_memory.parse_args([*flags, *sizes, "--model", str(folder), "--prompt-tokens", str(prompt)])
-    print(f"The memory plan of ppo.py at {prompt} prompt tokens: {bench_memory.memory_plan(plan)['peak'] / 1e9:.2f} GB")
+    print(f"\nThe memory plan of ppo.py at {prompt} prompt tokens")
+    for what, size in bench_memory.memory_plan(plan).items():
+        print(f"  {what:<24} {size / 1e9:.2f} GB")
 
 
 @torch.no_grad()

@@ -109,6 +109,10 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
     sampled = min(rows, args.generate_batch)
     sampling = {"KV cache": 2 * (text.num_hidden_layers + 1) * sampled * length * width * size}
     sampling["logits"] = 4 * sampled * text.vocab_size * 4
+    # the prompt's way through a layer: gate and up in the model's type, an adapter's input, output and scaled output in float32
+    a_token = 2 * size * (text.intermediate_size + text.hidden_size) + 4 * text.hidden_size
+    a_token += 4 * (2 * text.intermediate_size + text.hidden_size) if args.lora_rank else 0
+    sampling["a layer's activations"] = sampled * args.prompt_tokens * a_token
     update = {"activations": activations(decoder, args.micro_batch, length, text.hidden_size, dtype)}
     if args.gradient_checkpointing:  # the input of every layer, and all of one layer at a time
         inputs = args.micro_batch * length * text.hidden_size * size
