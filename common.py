@@ -43,21 +43,17 @@ from unittest.mock import patch
 
 import huggingface_hub
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from scipy.ndimage import uniform_filter
 from sentencex import get_sentence_boundaries
-from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
-from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
+from tqdm import tqdm  # what takes long to import and is no lazy package, functions import: a wrong flag answers before
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
@@ -413,6 +409,8 @@ class Training:
 
 def plot_log(path: Path, log: list[dict], panels: dict[str, Sequence[str]]) -> None:
     """A panel a title, with a line for each of some figures of the log."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.3 * len(panels), 3.6), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in names:
@@ -449,6 +447,8 @@ NOISE = {0.15: 0.72, 0.8: 0.08, 2.5: 0.20}
 @functools.cache
 def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
     """Scans (n, 8, 8) in [0, 1] and labels (n,) of one pool; the same for every seed."""
+    from sklearn.datasets import load_digits
+
     digits, names = load_digits(), list(POOLS)
     start = sum(POOLS[name] for name in names[: names.index(pool)])
     rows = np.random.default_rng(0).permutation(len(digits.target))[start : start + POOLS[pool]]
@@ -494,7 +494,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         scan[top : top + size, left : left + size] = 0.5
     elif kind == 3:
         for _ in range(rng.integers(2, 5)):
-            scan = uniform_filter(scan, 3, mode="constant")  # the mean of 3 x 3
+            scan = scipy.ndimage.uniform_filter(scan, 3, mode="constant")  # the mean of 3 x 3
     return scan
 
 
@@ -667,12 +667,8 @@ def read_row(row: dict, published: bool) -> dict:
         answer = answer or "".join(reference["reasoning"][-1:])
         alternatives = [answer, *re.split(r"\s+or\s+", answer)]  # "a sponge cake or pound cake"
     direct = unpack(row.get("direct_answers") or list(dict.fromkeys(alternatives)), list)
-    flaws = {
-        "no question": not question,
-        "no chain": published and annotated is None,
-        "empty chain": not any(reference.values()),
-        "no answer": not answer,
-    }
+    flaws = {"no question": not question, "no chain": published and annotated is None}
+    flaws |= {"empty chain": not any(reference.values()), "no answer": not answer}
     record = {"question": f"{hint} {question}".strip(), "choices": choices, "answer": answer, "answer_is_clause": clause}
     record |= {"answers": [str(text).strip() for text in direct], "reference": reference}
     record |= {"difficult_direct_answer": bool(row.get("difficult_direct_answer"))}
@@ -695,7 +691,7 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
     model's processor takes. The others are counted by reason; more than a fifth end the run (exit code 2) unless `allow_bad`."""
     good, bad = [], {}
     with loading("model", model):
-        processor = AutoProcessor.from_pretrained(model) if model else None
+        processor = transformers.AutoProcessor.from_pretrained(model) if model else None
     take = functools.cache(lambda size: bool(processor and processor.image_processor([[Image.new("RGB", size)]])))
     for record in records:
         lacking = [name for name in needed if not isinstance(record.get(name), str) or not record[name]]
@@ -756,7 +752,7 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     banned = [token for token in tokenizer.convert_tokens_to_ids(names) if token not in (None, *ends)]
     model.eval()
     tokens = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": banned or None}
-    base.generation_config = GenerationConfig(**tokens)
+    base.generation_config = transformers.GenerationConfig(**tokens)
     head = model.get_output_embeddings()
     return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, False, special)
 
@@ -777,7 +773,7 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
-    from peft import PeftModel  # slow to import, with what it needs
+    from peft import PeftModel
 
     dtype = getattr(torch, args.dtype)
     options = {"dtype": dtype, "device_map": {"": device}}
@@ -785,16 +781,15 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
         options["attn_implementation"] = args.attn
     if args.load_in_4bit:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     adapted = (Path(path) / "adapter_config.json").exists()
     if adapted and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
         usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     with loading("model", path):
         base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else path
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(base, **options)
+        processor = transformers.AutoProcessor.from_pretrained(path)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(base, **options)
         if adapted:
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     for module in model.modules():  # else bitsandbytes packs weights in passes without gradient: other numbers, then no gradient
@@ -1522,6 +1517,8 @@ class StatementReader:
     @functools.cached_property
     def _vote(self):
         """The vote fitted on the pool, and the floor's vectors of the pool with and without opening words (2 x 200, d)."""
+        from sklearn.svm import SVC
+
         vectors, meaning = self._vectors([*self.pool, *(OPENING.sub("", text) for text in self.pool)])
         return SVC(C=C, gamma=GAMMA).fit(vectors, [*self.pool.values()] * 2), meaning
 
@@ -1529,6 +1526,8 @@ class StatementReader:
 # ---------------------------------------------------------------------------------------------------------------- matching
 def auroc(confidence: Sequence, correct: Sequence) -> float:
     """Area under the ROC curve: the chance that a right one (N,) has more confidence than a wrong one; NaN without both kinds."""
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(correct, confidence)) if len(set(map(bool, correct))) == 2 else math.nan  # eq. 18
 
 

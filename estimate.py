@@ -25,10 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -281,12 +278,14 @@ def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
 def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax", snowball=False, starts=(), correct=()) -> dict:
     """Minima, maxima, mean, deviation and level edges of all sentences of the estimate run, raw (n, 4) -> confidence.json. starts:
     the rows where further responses begin; correct (n,): which sentences are right."""
+    from sklearn import isotonic, linear_model
+
     confidence = {"weights": [w / sum(weights) for w in weights], "fuse": fusion, "levels": cuts, "snowball": snowball}
     confidence |= {"min": raw.min(0).tolist(), "max": raw.max(0).tolist()}
     if normalize == "rank":
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
     if set(correct) == {True, False}:  # for comparison only: what the four tell of the truth, on the training sentences
-        logistic = LogisticRegression().fit(common.normalize(raw, confidence), correct)
+        logistic = linear_model.LogisticRegression().fit(common.normalize(raw, confidence), correct)
         confidence["logistic"] = [*logistic.coef_[0].tolist(), float(logistic.intercept_[0])]
     u = common.fuse(raw, confidence, starts)
     mean, std = float(u.mean()), float(u.std())
@@ -294,7 +293,7 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
     edges = [0.2, 0.4, 0.6, 0.8] if cuts == "uniform" else sigma
     if cuts == "calibrated":  # where the share of right sentences, falling with U, crosses the middle between two levels
         grid = np.linspace(0, 1, 10_001)
-        share = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(u, correct).predict(grid)
+        share = isotonic.IsotonicRegression(increasing=False, out_of_bounds="clip").fit(u, correct).predict(grid)
         edges = [float(grid[share >= middle].max(initial=-1)) for middle in (0.875, 0.625, 0.375, 0.125)]
     return confidence | {"mean": mean, "std": std, "edges": edges}
 
@@ -323,6 +322,8 @@ def summarize(lines: list[dict]) -> None:
 
 def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
     """U_Final of right and wrong sentences with its cuts."""
+    from matplotlib.figure import Figure
+
     sentences = common.all_sentences(lines)
     right, wrong = ([sentence["u"] for sentence in sentences if bool(sentence["correct"]) is ok] for ok in (True, False))
     figure = Figure(figsize=(7, 4), layout="constrained")

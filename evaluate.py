@@ -21,9 +21,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
-from scipy.stats import binomtest
-from sklearn.metrics import brier_score_loss
+import scipy
 
 import common
 from common import COUNT, DIGITS, ESTIMATORS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
@@ -99,7 +97,7 @@ def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
 
 def brier(confidence, correct) -> float:
     """Mean squared difference of confidence and correctness: a proper score, lower is better."""
-    return float(brier_score_loss(np.asarray(correct, dtype=int), confidence, pos_label=1)) if len(confidence) else math.nan
+    return float(np.square(np.subtract(confidence, correct)).mean()) if len(confidence) else math.nan
 
 
 def brier_skill(confidence, correct) -> float:
@@ -184,6 +182,8 @@ def format_table(rows: dict[str, dict]) -> str:
 
 def plot_reliability(predictions: list[dict], path: Path) -> None:
     """Left: observed accuracy of each level's sentences, by part, with 95% Wilson intervals. Right: how many, right and wrong."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
@@ -191,11 +191,8 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
         confidence, correct = stated(only(predictions, part))
         outcomes = {c: correct[confidence == c] for c in sorted(set(confidence))}
         x, share = [c + shift for c in outcomes], [right.mean() for right in outcomes.values()]
-        bars = [binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson") for right in outcomes.values()]
-        error = [
-            [p - bar.low for p, bar in zip(share, bars, strict=True)],
-            [bar.high - p for p, bar in zip(share, bars, strict=True)],
-        ]
+        bars = [scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson") for right in outcomes.values()]
+        error = np.abs(np.reshape(bars, (-1, 2)).T - share)  # below and above
         left.errorbar(x, share, error, fmt=marker, label=f"{part} (n = {len(correct)})")
     left.set(ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
     confidence, correct = stated(predictions)
