@@ -261,6 +261,7 @@ class Run:
         self.finished = (self.out / "done").exists()
         if self.finished and self.accelerator.is_main_process:
             print(f"{self.out}/ already holds this run; --overwrite repeats it")
+            self._leave()
         elif tracker:
             self.accelerator.init_trackers(stage, {name: str(value) for name, value in vars(args).items()})
 
@@ -303,6 +304,10 @@ class Run:
         """The finish mark, after everything else: what came out, in short."""
         self.write(lambda path: write_text(path, fingerprint(self.out)), "done")
         self.accelerator.end_training()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let other processes into the folder."""
         self.write(lambda path: os.close(LOCKS.pop(Path(os.path.realpath(path)))), "")
 
 

@@ -85,7 +85,7 @@ class Server:
         """Sample from the adapter in a folder that the server can read."""
         before, name = self.adapter, f"policy-{os.urandom(6).hex()}"
         if PartialState().is_main_process:
-            with self.trying("takes no adapter, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            with self.trying("is away, or takes no adapter, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
                 self.client.post("/load_lora_adapter", cast_to=str, body={"lora_name": name, "lora_path": os.path.abspath(folder)})
                 if before:
                     self.client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": before})

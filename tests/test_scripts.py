@@ -451,6 +451,9 @@ def test_two_runs_on_one_folder(runs, capsys):
     os.close(held)
     ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(runs["ppo"]), *PPO])
     assert "already holds this run" in capsys.readouterr().out
+    held = os.open(runs["ppo"], os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who finds it finished, does not keep others out
+    os.close(held)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
