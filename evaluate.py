@@ -235,12 +235,11 @@ aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>{% endm
 body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h2, h3, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
 .figure { max-width: 100% } .card { display: grid; grid-template-columns: 200px 1.5fr 1fr; gap: .6rem 1.4rem; margin: 1.5rem 0 }
-.card header { grid-column: 1 / -1 } .card img { width: 100% } .png { image-rendering: pixelated }
-.yes { color: #00724f } .no { color: #b3400a }
+.card header { grid-column: 1 / -1 } .card img { width: 100% } .png { image-rendering: pixelated } .yes { color: #00724f }
 .s { padding: .25rem .6rem; margin: .25rem 0; border-left: 4px solid #00724f } .s.wrong { border-left: 4px dashed #b3400a }
 .l1 { background: #f1f5fc } .l2 { background: #dfe8f8 } .l3 { background: #c8d8f3 } .l4 { background: #adc6ee }
 .l5 { background: #8fb1e7 } @media (max-width: 820px) { .card { grid-template-columns: 1fr } .card img { max-width: 200px } }
-</style></head><body><h1>{{ title }}</h1>
+.no { color: #b3400a }</style></head><body><h1>{{ title }}</h1>
 <p>{% for name, value in figures %}<span class="soft">{{ name }}</span> {{ value }} &emsp;{% endfor %}</p>
 {% if plot %}<img class="figure" alt="Reliability, and how many say which level" src="data:image/png;base64,{{ plot }}">{% endif %}
 <p class="soft">Expressed confidence: {% for level in levels %}<b class="l{{ level }}">&nbsp;{{ level }}&nbsp;</b> {% endfor %}
@@ -258,8 +257,7 @@ def thumbnail(path: str) -> dict | None:
         return None
     kind = "png" if max(image.size) <= 64 else "jpeg"
     image.thumbnail((320, 320))
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=85)
+    image.save(buffer := io.BytesIO(), kind, quality=85)
     return {"kind": kind, "uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
