@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes stand in one another's way
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders

@@ -91,6 +91,8 @@ def test_against_mmboundary(tmp_path):
     tables.write_csv(tmp_path / "t.csv", table := tables.table_1(found, paper))
     worse = next(csv.DictReader((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()))
     assert [line["row"] for line in table] == ["worse", "better †", "MMBoundary", "ours"]
+    shown = tables.markdown(table).split("\n| ")
+    assert [line.split(" |")[0] for line in shown][-3:] == ["MMBoundary", "*beyond the paper*", "ours"]
     assert tables.markdown(table).endswith(tables.MARK) and table[0]["MECE↓"] == "0.500 ± 0.248"
     assert (worse["MECE↓"], worse["MECE↓ ±"], worse["MECE - MMBoundary's"]) == ("0.500", "0.248", "0.200")
 
