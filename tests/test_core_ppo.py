@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 
+import ceiling
 import numpy as np
 import pytest
 import scripted
@@ -425,3 +426,19 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
     else:
         assert not any(p.requires_grad for p in models.reference.model.parameters())
         assert not any(p is t for p in models.reference.model.parameters() for t in trained)
+
+
+@pytest.mark.parametrize(("known", "internal"), [(0.95, 0.75), (0.05, 0.75), (0.05, 1.0), (0.6, 0.25), (0.95, 0.0)])
+@pytest.mark.parametrize(("beta", "gamma"), [(1, 1), (1, 0), (0, 1), (2, 1)])
+def test_what_the_rewards_pay_best(known, internal, beta, gamma):
+    """E (I - c)^2 = (p - c)^2 + p (1 - p): R_EC and R_CS together are best at the weighted mean of p and IV."""
+    middle = (beta * known + gamma * internal) / (beta + gamma)
+    assert abs(common.conf(ceiling.best_level(known, internal, beta, gamma)) - middle) <= 0.125
+
+
+def test_ceiling():
+    """A right and a wrong sentence of internal level 4: levels 4 and 3 where both rewards count, 5 and 1 by R_EC alone."""
+    lines = [{"sentences": [{"correct": True, "level": 4}, {"correct": False, "level": 4}]}]
+    mece, shares = ceiling.ceiling(lines, 0.9, 1, 1)
+    assert mece == pytest.approx((0.25 + 0.5) / 2) and shares.tolist() == [0, 0, 0.5, 0.5, 0]
+    assert ceiling.ceiling(lines, 0.9, 1, 0)[0] == 0
