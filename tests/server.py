@@ -12,7 +12,8 @@ Choices
  1. A batch of the script is asked at once, --concurrency requests at a time: larger batches keep the server busy.
  2. ppo.py sends its adapter before every update under a new name, for which the server has cached nothing, and takes the last one
     away. Full weights cannot be sent.
- 3. Seeds go by the question and the script's seed; where a question has n samples in a batch, one request asks for all of them.
+ 3. Seeds go by the script's seed, the question, and how often the batch held it before. Neighbours that are one question are one
+    request, which asks for all of its samples.
 
     python tests/server.py --copy cache/world3/digits-seed0-noise1/model served/    # under the names of weights that vLLM knows
 """
@@ -31,6 +32,7 @@ import shutil
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -59,7 +61,7 @@ class Server:
         fails exits with code 2, in one line."""
         self.url, self.max_mismatch, self.apart, self.checked = url, max_mismatch, [], set()
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
-        address, key = re.sub(r"(/v1)?/*$", "/v1", url), os.environ.get("OPENAI_API_KEY") or "none"
+        address, key = re.sub(r"(/v1)?/*$", "", url) + "/v1", os.environ.get("OPENAI_API_KEY") or "none"
         self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=600.0)
         adapter = Path(path, "adapter_config.json")
         self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
@@ -101,19 +103,22 @@ class Server:
         settings |= {"stop_token_ids": vlm.end_tokens, "add_special_tokens": not empty.startswith(vlm.tokenizer.bos_token or "\0")}
         settings["logit_bias"] = dict.fromkeys(map(str, vlm.base.generation_config.suppress_tokens or ()), -100)
 
-        def ask(record: dict, n: int) -> list[dict]:
+        def ask(record: dict, n: int, before: int) -> list[dict]:
             picture = io.BytesIO()  # of the pixels that are measured
             common.load_image(record["image"]).save(picture, "png", compress_level=1)
             url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
             text = vlm.special.sub(" ", common.prompt_text(record))
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-            body = settings | {"n": n, "seed": zlib.crc32(f"{seed} {record['id']}".encode())}
+            body = settings | {"n": n, "seed": zlib.crc32(f"{seed} {record['id']}{f' {before}' * (before > 0)}".encode())}
             body["messages"] = [{"role": "user", "content": content}]
             return self.client.post("/chat/completions", cast_to=object, body=body)["choices"]
 
-        drawn = []
-        groups = [list(group) for _, group in itertools.groupby(records, key=id)]
-        for group, answer in [(group, self.pool.apply_async(ask, [group[0], len(group)])) for group in groups]:
+        drawn, answers, asked = [], [], Counter()
+        for group in [list(group) for _, group in itertools.groupby(records, key=id)]:
+            name = group[0]["id"]
+            answers.append((group, self.pool.apply_async(ask, [group[0], len(group), asked[name]])))
+            asked[name] += 1
+        for group, answer in answers:
             with self.trying("fails; once it is back, the same command goes on"):
                 for choice, _ in zip(answer.get(), group, strict=True):
                     ids, tokens = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content") or []
@@ -121,9 +126,18 @@ class Server:
                         warnings.warn("the server gives no token ids: its texts are tokenised", stacklevel=1)
                         whole = choice["finish_reason"] == "stop"
                         [ids] = common.response_ids(vlm, [choice["message"]["content"] or ""], [whole])
+                    elif not self.sound(vlm, ids, length):
+                        raise ValueError("token ids that this model would not have sampled")
                     said = [token["logprob"] for token in tokens] if len(tokens) == len(ids) else [math.nan] * len(ids)
                     drawn.append((ids, torch.tensor(said)))
         return drawn
+
+    @staticmethod
+    def sound(vlm, ids: list, length: int) -> bool:
+        """Whether `generate` could have given these ids: up to `length` of the vocabulary, an end token at the end alone."""
+        words = vlm.head.weight.shape[0]
+        known = all(type(token) is int and 0 <= token < words for token in ids)
+        return known and 0 < len(ids) <= length and not set(ids[:-1]) & set(vlm.end_tokens)
 
     def generate(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
         """As `common.generate`. The first batch of a model shows whether the server samples from it."""
@@ -137,8 +151,10 @@ class Server:
         return ids
 
     def check(self, apart: torch.Tensor) -> float:
-        """The mean difference of log-probabilities (tokens,) over all processes; exits with code 2 where it is another model's."""
-        mismatch = torch.tensor(gather_object(apart.abs().tolist())).nanmean().item()
+        """The mean difference of log-probabilities (tokens,), NaN without any; exits with code 2 where it is another model's."""
+        mismatch = apart.abs().nanmean().item()
+        if math.isnan(mismatch):
+            warnings.warn("the server gives no log-probabilities: whether it samples from this model is not known", stacklevel=1)
         problem = f"server {self.url} samples from another model: mismatch = {mismatch:.3g} nats a token"
         common.usage_error(*[problem] * (mismatch > self.max_mismatch))
         return mismatch
@@ -168,9 +184,9 @@ def connect(server: Server) -> None:
         PartialState().wait_for_everyone()
         server.load_adapter(folder)
         stats = train_update(models, optimizers, reader, judge, questions, args, *rest)
-        [apart] = server.apart
-        mismatch, clipped = server.check(apart), gather_object((apart.expm1().abs() > args.clip_range).tolist())
-        return stats | {"mismatch": mismatch, "mismatch_clipfrac": sum(clipped) / len(clipped)}
+        apart = torch.tensor(gather_object(server.apart[0].tolist()))  # of all processes
+        clipped = apart[~apart.isnan()].expm1().abs() > args.clip_range
+        return stats | {"mismatch": server.check(apart), "mismatch_clipfrac": clipped.float().mean().item()}
 
     common.collate, common.generate = collate_and_note, server.generate
     ppo.rollout, ppo.train_update = rollout_and_compare, send_and_train
@@ -208,6 +224,9 @@ def main(argv: list[str] | None = None) -> None:
         path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
     if script is ppo and not Path(path, "adapter_config.json").exists():
         common.usage_error(f"{path} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one")
+    PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
+    if getattr(given, "bars", False) and not Path(path, "adapter_config.json").exists():
+        common.usage_error("--bars asks for the base model, too: with a server it needs an adapter (warmup.py --lora-rank)")
     connect(Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model))
     common.run_script(lambda: script.main(args.flags))
 

@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +49,8 @@ class SmallServer(ThreadingHTTPServer):
 
     def respond(self, path, request, key):
         """-> status, JSON and the byte at which the connection ends (None: no such)."""
+        if path.removeprefix("/v1/") not in ("models", "chat/completions", "load_lora_adapter", "unload_lora_adapter"):
+            return 404, {}, None
         if path.endswith("/models"):
             return 200 if self.ready else 503, {"object": "list", "data": [{"id": name} for name in self.models]}, None
         if not path.endswith("/chat/completions"):
@@ -120,7 +125,7 @@ def folders(cache, tmp_path_factory):
     estimate.main([*flags, "--out", f"{folder}/e"])
     lora = f"--estimate {folder}/e --lora-rank 4 --lr 0.01 --epochs 4 --batch-size 4 --device cpu --out {folder}/w"
     warmup.main(lora.split())
-    return SimpleNamespace(base=base, flags=flags, estimate=folder / "e", warmup=folder / "w")
+    return SimpleNamespace(cache=cache, base=base, flags=flags, estimate=folder / "e", warmup=folder / "w")
 
 
 def one_line(capsys, main, *flags):
@@ -159,6 +164,35 @@ def test_samples_as_generate(server, base, records):
     drawn, again = ([ids for ids, _ in client.sample(base, twice, 1.0, 40, 7)] for _ in range(2))
     assert drawn == again and any(drawn[i] != drawn[i + 1] for i in range(0, 10, 2))
     assert len({request["seed"] for request in server.requests}) == 10
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_an_address(server, base, end):
+    server.models["m"] = base
+    assert engine.Server(server.url + end, "m", 1).base == "m"
+
+
+def test_a_question_twice_in_a_batch(server, base, records):
+    """Not side by side: a request each, with a seed each."""
+    a, b = records[:2]
+    ids = [ids for ids, _ in connect(server, base).sample(base, [a, a, b, a, a], 1.0, 40, 7)]
+    assert len({request["seed"] for request in server.requests}) == 3 and ids[:2] != ids[3:]
+
+
+@pytest.mark.parametrize("ids", [[], [10**6], [-1], ["5"], [7.0, 8], [7] * 41, [7, 2, 8]])
+def test_ids_that_cannot_be(base, ids):
+    assert not engine.Server.sound(base, ids, 40) and engine.Server.sound(base, [7, 8, 2], 40)
+
+
+def test_an_answer_that_cannot_be(server, base, records, capsys, monkeypatch):
+    client = connect(server, base)
+    monkeypatch.setattr(client, "sound", lambda *_: False)
+    assert "would not have sampled" in one_line(capsys, lambda *_: client.sample(base, records[:1], 0.0, 40, 0))
+
+
+def test_nothing_is_said_of_log_probabilities(server, base):
+    with pytest.warns(UserWarning, match="no log-probabilities"):
+        assert torch.tensor(connect(server, base).check(torch.full((3,), torch.nan))).isnan()
 
 
 @pytest.mark.parametrize("length", [60, 5])
@@ -212,6 +246,8 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
         capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", str(folders.warmup)
     )
     assert "full weights cannot be sent" in one_line(capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", folders.base)
+    bars = ["evaluate.py", "--ckpt", folders.base, "--bars"]
+    assert "--bars asks for the base model" in one_line(capsys, engine.main, "--server", server.url, *bars)
     assert "name of a script" in one_line(capsys, engine.main, "--server", server.url)
 
 
@@ -243,3 +279,17 @@ def test_ppo(server, base, folders, tmp_path, capsys):
     server.requests.clear()
     assert "samples from another model: mismatch = " in one_line(capsys, engine.main, *ppo_flags(folders, server, tmp_path / "q"))
     assert torch.load(tmp_path / "q" / "trainer_state.pt", weights_only=True)["step"] == 1
+
+
+def test_more_processes_than_batches(server, base, folders, tmp_path):
+    """One adapter is sent, the idle process waits for nobody, and the answers are those of one process without a server."""
+    server.models[folders.base] = base
+    flags = f"--ckpt {folders.warmup} --cache {folders.cache} --limit 2 --batch-size 2 --max-new-tokens 40 --device cpu".split()
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 tests/server.py".split()
+    command = [sys.executable, *torchrun, "--server", server.url, "evaluate.py", *flags, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [name for name, _ in server.posted] == ["load_lora_adapter"]
+    evaluate.main([*flags, "--out", str(tmp_path / "one")])
+    one, two = (common.read_jsonl(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
+    assert [line["response"] for line in two] == [line["response"] for line in one] and len(two) == 2
