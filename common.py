@@ -53,7 +53,7 @@ from PIL import Image, ImageOps
 from sentencex import get_sentence_boundaries
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm  # what takes long to import and is no lazy package, functions import: a wrong flag answers before
+from tqdm import tqdm
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
@@ -778,7 +778,7 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
-    from peft import PeftModel
+    from peft import PeftModel  # slow to import, as what other functions import: a wrong flag answers before
 
     dtype = getattr(torch, args.dtype)
     options = {"dtype": dtype, "device_map": {"": device}}

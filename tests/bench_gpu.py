@@ -156,7 +156,7 @@ def token_statistics(device: str, n_tokens: int = 2048) -> None:
     """Log-probabilities and entropies of tokens over a vocabulary of 152,064 words, against the product with the head alone."""
     hidden, weight = (torch.randn(n, 3584, device=device, dtype=torch.bfloat16) for n in (n_tokens, VOCABULARY["qwen2-vl"]))
     targets = torch.randint(len(weight), (n_tokens,), device=device)
-    work = {"the product with the head": lambda: [rows @ weight.T for rows in hidden.split(64)]}
+    work = {"the product with the head": lambda: [rows @ weight.T for rows in hidden.split(common.HeadStatistics.ROWS)]}
     work |= {"statistics": lambda: common.HeadStatistics.apply(hidden, weight, targets)}
     print("| what | seconds | peak GB |\n|---|---|---|")
     for what, run in [*work.items()] * 3:  # the first of the three warms up

@@ -6,6 +6,7 @@ confidence, weighted by beta and gamma. Its MECE is as far as a policy can come 
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import common
 import evaluate
 import ppo
 
-LEVELS = [common.Step("", 0, 0, 0, level=level) for level in evaluate.LEVELS]
+SAID = [common.Step("", 0, 0, 0, level=level) for level in evaluate.LEVELS]
 
 
+@functools.cache  # few cases, many sentences
 def best_level(known: float, internal: float, beta: float, gamma: float) -> int:
     """The level whose expected R_EC and R_CS, by the chance `known` that the sentence is right, pay best; of equals the lower."""
-    wrong, right = (ppo.sentence_rewards(LEVELS, np.full(5, truth), np.full(5, internal)).numpy() for truth in (0, 1))
+    wrong, right = (ppo.sentence_rewards(SAID, np.full(5, truth), np.full(5, internal)).numpy() for truth in (0, 1))
     pay = ((1 - known) * wrong + known * right) @ [0, beta, gamma]
     return evaluate.LEVELS[int(np.argmax(pay.round(6)))]
 

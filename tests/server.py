@@ -222,11 +222,12 @@ def main(argv: list[str] | None = None) -> None:
     if path is None:
         common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
         path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
-    if script is ppo and not Path(path, "adapter_config.json").exists():
+    adapted = Path(path, "adapter_config.json").exists()
+    if script is ppo and not adapted:
         common.usage_error(f"{path} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one")
-    PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
-    if getattr(given, "bars", False) and not Path(path, "adapter_config.json").exists():
+    if getattr(given, "bars", False) and not adapted:
         common.usage_error("--bars asks for the base model, too: with a server it needs an adapter (warmup.py --lora-rank)")
+    PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
     connect(Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model))
     common.run_script(lambda: script.main(args.flags))
 
