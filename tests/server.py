@@ -26,6 +26,7 @@ import importlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -43,7 +44,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from annotate import RETRIES
-from openai import OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI
 from safetensors.torch import load_file, save_file
 
 import common
@@ -56,21 +57,23 @@ collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  
 class Server:
     """The client of a server that knows a model, by the name that the scripts use, and takes adapters of it."""
 
-    def __init__(self, url: str, path: str, concurrency: int = 32, max_mismatch: float = 0.1, name: str | None = None):
-        """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so. What
-        fails exits with code 2, in one line."""
-        self.url, self.max_mismatch, self.apart, self.checked = url, max_mismatch, [], set()
+    def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
+        """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
+        patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
+        self.url, self.max_mismatch, self.apart, self.checked = re.sub("//[^/@]*@", "//", url), max_mismatch, [], set()
+        self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *re.findall("//([^/@]*)@", url)]
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
         address, key = re.sub(r"(/v1)?/*$", "", url) + "/v1", os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=600.0)
+        self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=patience)
         adapter = Path(path, "adapter_config.json")
         self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
         self.adapter = None
         with self.trying("does not answer"):
             known = [model.id for model in self.client.with_options(max_retries=0, timeout=20).models.list().data]
-        common.usage_error(
-            *[f"server {url} serves {', '.join(known)} and no {self.base} (--served-model NAME)"] * (self.base not in known)
-        )
+        same = [model for model in known if model == self.base or os.path.realpath(model) == os.path.realpath(self.base)]
+        problem = f"server {self.url} serves {', '.join(known)} and no {self.base} (--served-model NAME)"
+        common.usage_error(*[problem] * (not same))
+        self.base = same[0]
         if adapter.exists():
             self.load_adapter(path)
 
@@ -80,7 +83,12 @@ class Server:
         try:
             yield
         except Exception as error:  # the client raises many kinds
-            reason = " ".join(str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "...").split())
+            passes = isinstance(error, (APIConnectionError, multiprocessing.TimeoutError))
+            passes |= isinstance(error, APIStatusError) and (error.status_code == 429 or error.status_code >= 500)
+            reason = " ".join(str(error).split()) or f"no answer in {self.patience:g} s"
+            for secret in filter(None, self.secrets):
+                reason = reason.replace(secret, "...")
+            trouble += "; once it is back, the same command goes on" * (passes and trouble == "fails")
             common.usage_error(f"server {self.url} {trouble} ({type(error).__name__}: {reason[:240]})")
 
     def load_adapter(self, folder: str | Path) -> None:
@@ -92,6 +100,13 @@ class Server:
                 if before:
                     self.client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": before})
         [self.adapter] = broadcast_object_list([name])
+
+    def close(self) -> None:
+        """Take the last adapter away, where the server is still there."""
+        if self.adapter and PartialState().is_main_process:
+            with contextlib.suppress(Exception):
+                once = self.client.with_options(max_retries=0, timeout=20)
+                once.post("/unload_lora_adapter", cast_to=str, body={"lora_name": self.adapter})
 
     def sample(self, vlm, records: list[dict], temperature: float, length: int, seed: int) -> list[tuple[list[int], torch.Tensor]]:
         """A response to each question: token ids as from `generate`, and what the server says of their log-probabilities (L,), NaN
@@ -119,8 +134,8 @@ class Server:
             answers.append((group, self.pool.apply_async(ask, [group[0], len(group), asked[name]])))
             asked[name] += 1
         for group, answer in answers:
-            with self.trying("fails; once it is back, the same command goes on"):
-                for choice, _ in zip(answer.get(), group, strict=True):
+            with self.trying("fails"):
+                for choice, _ in zip(answer.get(self.patience), group, strict=True):
                     ids, tokens = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content") or []
                     if ids is None:
                         warnings.warn("the server gives no token ids: its texts are tokenised", stacklevel=1)
@@ -134,9 +149,10 @@ class Server:
 
     @staticmethod
     def sound(vlm, ids: list, length: int) -> bool:
-        """Whether `generate` could have given these ids: up to `length` of the vocabulary, an end token at the end alone."""
-        words = vlm.head.weight.shape[0]
-        known = all(type(token) is int and 0 <= token < words for token in ids)
+        """Whether `generate` could have given these ids: up to `length` of the vocabulary, none that is never sampled, as that of
+        an image, and an end token at the end alone."""
+        words, banned = vlm.head.weight.shape[0], vlm.base.generation_config.suppress_tokens or ()
+        known = all(type(token) is int and 0 <= token < words and token not in banned for token in ids)
         return known and 0 < len(ids) <= length and not set(ids[:-1]) & set(vlm.end_tokens)
 
     def generate(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
@@ -194,6 +210,7 @@ def connect(server: Server) -> None:
 
 def copy_for_vllm(model: str | Path, folder: str | Path) -> None:
     """transformers saves `vision_tower.embeddings...`, published checkpoints have `vision_tower.vision_model.embeddings...`."""
+    common.usage_error(*[f"no model in {model}"] * (not Path(model, "config.json").is_file()))
     shutil.copytree(model, folder, dirs_exist_ok=True)
     for path in Path(folder).glob("*.safetensors"):
         named = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in load_file(path).items()}
@@ -207,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--server", metavar="URL", help="as http://localhost:8000")
     parser.add_argument("--served-model", metavar="NAME", help="what the server calls the model (default: as here)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for an answer, all tries together")
     parser.add_argument("--max-mismatch", type=float, default=0.1, help="nats a token, beyond which it is another model")
     parser.add_argument("--copy", nargs=2, metavar=("MODEL", "FOLDER"), help="copy a model for vLLM, and do nothing else")
     parser.add_argument("script", nargs="?", choices=["estimate.py", "evaluate.py", "ppo.py"])
@@ -216,9 +234,14 @@ def main(argv: list[str] | None = None) -> None:
         return copy_for_vllm(*args.copy)
     if not (args.server and args.script):
         common.usage_error("needs --server URL and the name of a script")
+    if not (args.concurrency > 0 and args.patience > 0 and args.max_mismatch > 0):
+        common.usage_error("--concurrency, --patience and --max-mismatch must be positive")
     script = importlib.import_module(args.script.removesuffix(".py"))
     given = script.parse_args(args.flags)
-    path = getattr(given, "ckpt", None) or given.model
+    relevels = bool(getattr(given, "relevel", None))
+    if (relevels and given.levels != "consistency") or (Path(given.out, "done").exists() and not given.overwrite):
+        return common.run_script(lambda: script.main(args.flags))  # nothing is sampled
+    path = common.read_run(given.relevel)["setup"]["model"] if relevels else getattr(given, "ckpt", None) or given.model
     if path is None:
         common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
         path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
@@ -228,8 +251,12 @@ def main(argv: list[str] | None = None) -> None:
     if getattr(given, "bars", False) and not adapted:
         common.usage_error("--bars asks for the base model, too: with a server it needs an adapter (warmup.py --lora-rank)")
     PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
-    connect(Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model))
-    common.run_script(lambda: script.main(args.flags))
+    server = Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model, args.patience)
+    connect(server)
+    try:
+        common.run_script(lambda: script.main(args.flags))
+    finally:
+        server.close()
 
 
 if __name__ == "__main__":

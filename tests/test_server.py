@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,9 +35,9 @@ def picture(part):
 
 
 class SmallServer(ThreadingHTTPServer):
-    """models: name -> VLM. trouble: what befalls the next chat requests, a status or "cut", a connection that ends in the middle of
-    the answer. ids: whether answers hold them. refuses adapters; serves the model `swapped` in their place. dies_after: so many
-    chat requests, then every connection ends without an answer."""
+    """models: name -> VLM. trouble: what befalls the next chat requests, a status, "cut", a connection that ends in the middle of
+    the answer, or "hang", none at all. ids: whether answers hold them. refuses adapters; serves the model `swapped` in their place.
+    dies_after: so many chat requests, then every connection ends without an answer."""
 
     daemon_threads, request_queue_size, handle_error = True, 64, lambda *_: None
 
@@ -64,7 +65,9 @@ class SmallServer(ThreadingHTTPServer):
                 self.models[request["lora_name"]] = self.swapped or vlm
             return 404 if self.refuses else 200, "Success", None
         trouble = self.trouble.pop(0) if self.trouble else None
-        if trouble in (429, 500) or len(self.requests) >= self.dies_after:
+        if trouble == "hang":
+            time.sleep(2)
+        if trouble in (400, 429, 500) or len(self.requests) >= self.dies_after:
             return trouble, {"error": {"message": f"no, {key}"}}, None if trouble else 0
         self.requests.append(request)
         return 200, self.chat(request), 40 if trouble == "cut" else None
@@ -179,7 +182,7 @@ def test_a_question_twice_in_a_batch(server, base, records):
     assert len({request["seed"] for request in server.requests}) == 3 and ids[:2] != ids[3:]
 
 
-@pytest.mark.parametrize("ids", [[], [10**6], [-1], ["5"], [7.0, 8], [7] * 41, [7, 2, 8]])
+@pytest.mark.parametrize("ids", [[], [10**6], [-1], ["5"], [7.0, 8], [7] * 41, [7, 2, 8], [7, 3]])
 def test_ids_that_cannot_be(base, ids):
     assert not engine.Server.sound(base, ids, 40) and engine.Server.sound(base, [7, 8, 2], 40)
 
@@ -188,6 +191,26 @@ def test_an_answer_that_cannot_be(server, base, records, capsys, monkeypatch):
     client = connect(server, base)
     monkeypatch.setattr(client, "sound", lambda *_: False)
     assert "would not have sampled" in one_line(capsys, lambda *_: client.sample(base, records[:1], 0.0, 40, 0))
+
+
+@pytest.mark.parametrize(
+    "trouble, patience, line",
+    [(400, 60, "fails (BadRequestError"), ("hang", 0.4, "fails; once it is back, the same command goes on (Time")],
+)
+def test_what_lasts_and_what_passes(server, base, records, capsys, trouble, patience, line):
+    server.models["m"], server.trouble = base, [trouble]
+    with_password = server.url.replace("//", "//me:word-7d1f@")
+    client = engine.Server(with_password, "m", 4, patience=patience)
+    found = one_line(capsys, lambda *_: client.sample(base, records[:1], 0.0, 40, 0))
+    assert f"error: server {server.url} {line}" in found and "word-7d1f" not in found
+    assert f"server {server.url} serves m and no n" in one_line(capsys, lambda *_: engine.Server(with_password, "n"))
+
+
+def test_a_name_is_a_path(server, base, tmp_path, monkeypatch):
+    """The server and the run may write one folder differently."""
+    monkeypatch.chdir(tmp_path)
+    server.models["served/"] = base
+    assert engine.Server(server.url, str(tmp_path / "served"), 1).base == "served/"
 
 
 def test_nothing_is_said_of_log_probabilities(server, base):
@@ -222,6 +245,14 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
     assert server.posted[0][1]["lora_path"] == str(folders.warmup)
     through(server, evaluate, *flags, tmp_path / "c", "--consistency", "3")
     assert server.requests[-1]["temperature"] == 1.0
+    assert len(server.models) == 1 and [kind for kind, _ in server.posted] == ["load_lora_adapter", "unload_lora_adapter"] * 2
+    relevel = ["--relevel", folders.estimate, "--levels", "consistency", "--samples", "2", "--device", "cpu", "--batch-size", "9"]
+    through(server, estimate, *relevel, "--out", tmp_path / "agreed")
+    n, away = len(server.requests), ["--server", "http://127.0.0.1:9"]  # which nobody asks where nothing is to be sampled
+    engine.main([*away, "evaluate.py", *flags, str(tmp_path / "s")])
+    assert "already holds this run" in capsys.readouterr().out
+    engine.main([*away, "estimate.py", "--relevel", str(folders.estimate), "--out", str(tmp_path / "max"), "--fuse", "max"])
+    assert (tmp_path / "max" / "done").exists() and len(server.requests) == n
     server.swapped = base
     line = one_line(capsys, engine.main, "--server", f"{server.url}/v1/", "evaluate.py", *flags, str(tmp_path / "x"))
     assert "samples from another model: mismatch = " in line
@@ -249,6 +280,9 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
     bars = ["evaluate.py", "--ckpt", folders.base, "--bars"]
     assert "--bars asks for the base model" in one_line(capsys, engine.main, "--server", server.url, *bars)
     assert "name of a script" in one_line(capsys, engine.main, "--server", server.url)
+    for flag in ("--concurrency", "--patience", "--max-mismatch"):
+        assert "must be positive" in one_line(capsys, engine.main, "--server", server.url, flag, "0", *flags)
+    assert f"no model in {tmp_path}" in one_line(capsys, engine.main, "--copy", str(tmp_path), str(tmp_path / "served"))
 
 
 def ppo_flags(folders, server, out):
@@ -267,7 +301,8 @@ def test_ppo(server, base, folders, tmp_path, capsys):
     engine.main(ppo_flags(folders, server, tmp_path / "p"))
     log = common.read_jsonl(tmp_path / "p" / "log.jsonl")
     assert len(log) == 3 and all(row["mismatch"] < 1e-4 and row["mismatch_clipfrac"] == 0 for row in log) and log[2]["kl"] > 0
-    assert [kind for kind, _ in server.posted[before:]] == ["load_lora_adapter", *["load_lora_adapter", "unload_lora_adapter"] * 2]
+    sent = "load load unload load unload unload".split()
+    assert [kind for kind, _ in server.posted[before:]] == [f"{verb}_lora_adapter" for verb in sent]
     names = [request["lora_name"] for kind, request in server.posted if kind == "load_lora_adapter"]
     assert len(set(names)) == 6 and {request["model"] for request in server.requests} == {*names[1:3], *names[4:]}
     assert {request["n"] for request in server.requests} == {2}
@@ -282,14 +317,14 @@ def test_ppo(server, base, folders, tmp_path, capsys):
 
 
 def test_more_processes_than_batches(server, base, folders, tmp_path):
-    """One adapter is sent, the idle process waits for nobody, and the answers are those of one process without a server."""
+    """One adapter is sent and taken away, the idle process waits for nobody, and the answers are those of one process."""
     server.models[folders.base] = base
     flags = f"--ckpt {folders.warmup} --cache {folders.cache} --limit 2 --batch-size 2 --max-new-tokens 40 --device cpu".split()
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 tests/server.py".split()
     command = [sys.executable, *torchrun, "--server", server.url, "evaluate.py", *flags, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [name for name, _ in server.posted] == ["load_lora_adapter"]
+    assert [name for name, _ in server.posted] == ["load_lora_adapter", "unload_lora_adapter"]
     evaluate.main([*flags, "--out", str(tmp_path / "one")])
     one, two = (common.read_jsonl(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
     assert [line["response"] for line in two] == [line["response"] for line in one] and len(two) == 2
