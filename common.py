@@ -99,9 +99,10 @@ TRAINING_FLAGS = {
 }
 
 
-def usage_error(*problems: str) -> None:
-    """Print all problems on one line of stderr, leave no new folder behind that holds nothing, and exit with code 2."""
-    if problems:
+def usage_error(*problems: object) -> None:
+    """Print all problems on one line of stderr, leave no new folder behind that holds nothing, and exit with code 2. A problem is
+    a text, or something false where there is none: `usage_error(n < 1 and "none is there")`."""
+    if problems := list(filter(None, problems)):
         while NEW:
             folder = NEW.pop()
             if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json"}:
@@ -170,7 +171,7 @@ def read_object(path: str | Path, *keys: str) -> dict:
         missing = [key for key in keys if key not in value]
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError) as error:
         usage_error(f"{path} is damaged: {error}")
-    usage_error(*[f"{path} is damaged: no {', '.join(missing)}"] * bool(missing))
+    usage_error(missing and f"{path} is damaged: no {', '.join(missing)}")
     return value
 
 
@@ -202,7 +203,7 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
         try:
             records += [unpack(json.loads(line), dict)] if line.strip() else []
         except (ValueError, TypeError, RecursionError) as error:  # cut in the middle of JSON, or of a character
-            usage_error(*[f"{path}, line {number}, is no JSON object: {error}"] * (number < len(lines) or not own))
+            usage_error((number < len(lines) or not own) and f"{path}, line {number}, is no JSON object: {error}")
     return records
 
 
@@ -210,8 +211,8 @@ def read_finished(folder: str | Path, name: str) -> list[dict]:
     """The records of a file that an earlier stage has finished; exits with code 2 where one is damaged or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
     gone = [str(record.get("image")) for record in records if not os.path.isfile(str(record.get("image")))]
-    problems = [f"{folder}/{name} holds no question"] * (not records)
-    usage_error(*problems, *[f"{len(gone)} pictures of {folder}/{name} are gone, as {image}" for image in gone[:1]])
+    usage_error(not records and f"{folder}/{name} holds no question")
+    usage_error(gone and f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}")
     return records
 
 
@@ -227,12 +228,11 @@ def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
 def read_run(folder: str | Path, *needed: str) -> dict:
     """The record run.json of a finished run that holds the `needed` files, none of them damaged since; else exits with code 2."""
     folder = Path(folder)
-    usage_error(*[f"no such folder: {folder}/"] * (not folder.is_dir()))
+    usage_error(not folder.is_dir() and f"no such folder: {folder}/")
     missing = [name for name in ("run.json", *needed, "done") if not (folder / name).exists()]
-    problem = f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing"
-    usage_error(*[problem] * bool(missing))
+    usage_error(missing and f"{folder}/ is not a finished run of the stage before: {', '.join(missing)} missing")
     changed = (folder / "done").read_text() not in ("", fingerprint(folder))
-    usage_error(*[f"{folder}/ is damaged or was edited since its run ended (an empty {folder}/done allows that)"] * changed)
+    usage_error(changed and f"{folder}/ is damaged or was edited since its run ended (an empty {folder}/done allows that)")
     return read_object(folder / "run.json", "stage", "args", "setup")
 
 
@@ -242,8 +242,7 @@ class Run:
 
     def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
         self.stage, self.out, tracker = stage, Path(args.out), getattr(args, "tracker", None)
-        if tracker and not importlib.util.find_spec(tracker):
-            usage_error(f"--tracker {tracker} needs the package {tracker}")
+        usage_error(tracker and not importlib.util.find_spec(tracker) and f"--tracker {tracker} needs the package {tracker}")
         self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=tracker, project_dir=args.out)
         self.device = args.device if self.accelerator.num_processes == 1 else str(self.accelerator.device)
         if self.accelerator.is_main_process:
@@ -401,8 +400,10 @@ class Training:
         """Log a step's row, show some of its figures, save a checkpoint every now and then and at the end."""
         wrong = [name for name in ("loss", "kl", "value_loss", "reward") if not math.isfinite(row.get(name, 0))]
         wrong += ["kl"] * (row.get("kl", 0) > self.max_kl)
-        if wrong:  # the log and the last checkpoint stay as they are
-            usage_error(f"training went astray at step {len(self.log)}: {', '.join(f'{name} = {row[name]:.3g}' for name in wrong)}")
+        figures = ", ".join(f"{name} = {row[name]:.3g}" for name in wrong)
+        usage_error(
+            wrong and f"training went astray at step {len(self.log)}: {figures}"
+        )  # log and last checkpoint stay as they are
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         self.bar.update()
         self.run.accelerator.log(row, step=len(self.log))
@@ -789,8 +790,8 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     adapted = (Path(path) / "adapter_config.json").exists()
-    if adapted and not any(Path(path).glob("adapter_model.*")):  # PEFT would ask the hub
-        usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
+    bare_adapter = adapted and not any(Path(path).glob("adapter_model.*"))  # PEFT would ask the hub
+    usage_error(bare_adapter and f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     with loading("model", path):
         base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else path
         processor = transformers.AutoProcessor.from_pretrained(path)
@@ -814,12 +815,12 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     return vlm
 
 
-def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
+def cannot_train(path: str | Path, args: argparse.Namespace) -> list:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
     n = int(os.environ.get("WORLD_SIZE", 1))
     adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
-    problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
+    problems = [args.batch_size % n and f"--batch-size {args.batch_size} cannot be divided among {n} processes"]
     flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
     refused = [flag for flag, given in flags.items() if given and not adapter]
     return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]
@@ -829,8 +830,8 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
     from peft import LoraConfig, get_peft_model
 
-    if not any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules()):
-        usage_error(f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
+    found = any(re.fullmatch(args.lora_targets, name) for name, _ in model.named_modules())
+    usage_error(not found and f"{type(model).__name__} has no layer that matches --lora-targets {args.lora_targets}")
     options = {"lora_alpha": args.lora_alpha or 2 * args.lora_rank, "lora_dropout": args.lora_dropout}
     return get_peft_model(model, LoraConfig(r=args.lora_rank, target_modules=args.lora_targets, **options))
 

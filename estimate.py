@@ -67,12 +67,14 @@ FLAGS = {
 }
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
-    problems = ["--weights must not be all 0"] * (not any(args.weights))
-    blind = args.levels == "calibrated" and bool(args.responses)
-    problems += ["--levels calibrated needs reference chains, which given responses lack"] * blind
-    problems += ["--relevel takes measured responses, --responses measures others"] * bool(args.relevel and args.responses)
-    return problems + [f"no such file: {args.responses}"] * bool(args.responses and not Path(args.responses).is_file())
+def find_problems(args: argparse.Namespace) -> list:
+    blind, given = args.levels == "calibrated" and args.responses, args.responses
+    return [
+        not any(args.weights) and "--weights must not be all 0",
+        blind and "--levels calibrated needs reference chains, which given responses lack",
+        given and args.relevel and "--relevel takes measured responses, --responses measures others",
+        given and not Path(given).is_file() and f"no such file: {given}",
+    ]
 
 
 parse_args = functools.partial(common.parse_flags, __doc__, FLAGS, check=find_problems)
@@ -255,13 +257,13 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
 def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
     sentences = common.all_sentences(lines)
-    common.usage_error(*["no response holds a sentence"] * (not sentences))
+    common.usage_error(not sentences and "no response holds a sentence")
     raw, correct = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences]), [s["correct"] for s in sentences]
     ids = np.array([str(line["id"]) for line in lines for _ in line["sentences"]])
     starts = np.cumsum([len(line["sentences"]) for line in lines])[:-1]
     broken = ids[~np.isfinite(raw).all(1)]
     problem = f"uncertainties are not finite in {len(broken)} sentences ({', '.join(broken[:3])}): is --dtype wide enough?"
-    common.usage_error(*[problem] * bool(len(broken)))
+    common.usage_error(len(broken) and problem)
     confidence = fit_confidence(raw, args.weights, args.fuse, args.levels, args.normalize, args.snowball, starts, correct)
     u = common.fuse(raw, confidence, starts)
     levels = common.to_level(u, confidence)

@@ -155,29 +155,28 @@ def fmt(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def table_columns(rows: dict[str, dict]) -> dict[str, list[str]]:
-    """{run name: metrics} -> {title: a cell a run}, the figures to read first."""
-    columns = {"run": [name.replace("|", "\\|") for name in rows]}
-    for title, name in (("ECE↓", "ece"), ("MECE↓", "mece"), ("Brier skill↑", "brier_skill"), ("AUROC↑", "auroc")):
-        columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
-    columns["best constant"] = [f"{fmt(m['mece_constant'])} (level {m['mece_constant_level']})" for m in rows.values()]
-    columns["AUROC of sentences↑"] = [fmt(metrics["auroc_sentence"]) for metrics in rows.values()]
-    for part in PARTS:
-        columns[part] = [fmt(metrics[part]["auroc_sentence"]) for metrics in rows.values()]
-    for title, name in (("Acc↑", "accuracy"), ("F1↑", "f1"), ("coverage", "coverage")):
-        columns[title] = [fmt(metrics[name]) for metrics in rows.values()]
-    counts = [[metrics["level_histogram"][str(level)] for level in LEVELS] for metrics in rows.values()]
-    columns["levels 1-5, %"] = [" ".join(f"{100 * n / max(sum(row), 1):.0f}" for n in row) for row in counts]
-    return columns
+def table_row(metrics: dict) -> dict[str, str]:
+    """{title: cell} of metrics.json, the figures to read first."""
+    counts = [metrics["level_histogram"][str(level)] for level in LEVELS]
+    titles = {
+        "ECE↓": "ece",
+        "MECE↓": "mece",
+        "Brier skill↑": "brier_skill",
+        "AUROC↑": "auroc",
+        "AUROC of sentences↑": "auroc_sentence",
+    }
+    row = {title: fmt(metrics[name]) for title, name in titles.items()} | {p: fmt(metrics[p]["auroc_sentence"]) for p in PARTS}
+    row |= {title: fmt(metrics[name]) for title, name in (("Acc↑", "accuracy"), ("F1↑", "f1"), ("coverage", "coverage"))}
+    row["best constant"] = f"{fmt(metrics['mece_constant'])} (level {metrics['mece_constant_level']})"
+    return row | {"levels 1-5, %": " ".join(f"{100 * n / max(sum(counts), 1):.0f}" for n in counts)}
 
 
 def format_table(rows: dict[str, dict]) -> str:
     """{run name: metrics} -> a markdown table, padded so that it also reads well in a terminal."""
-    columns = table_columns(rows)
-    widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
-    lines = [list(columns), ["-" * widths[title] for title in columns], *zip(*columns.values(), strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths.values(), strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    named = [{"run": name.replace("|", "\\|")} | table_row(metrics) for name, metrics in rows.items()]
+    columns = [[title, "", *(row[title] for row in named)] for title in named[0]]  # "" becomes the line below the titles
+    padded = [[cell.ljust(max(map(len, column)), " " if cell else "-") for cell in column] for column in columns]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*padded, strict=True))
 
 
 def plot_reliability(predictions: list[dict], path: Path) -> None:
@@ -264,9 +263,8 @@ def thumbnail(path: str) -> dict | None:
 def write_report(predictions: list[dict], metrics: dict, path: Path, title: str, limit: int = 200) -> None:
     """One HTML file that needs no network and no other file: the figures, then a card for each of `limit` questions."""
     shown, plot = predictions[:limit], Path(path).with_name("reliability.png")
-    figures = [(name, cells[0]) for name, cells in table_columns({"": metrics}).items()][1:]
     figure, cards = plot.exists() and base64.b64encode(plot.read_bytes()).decode(), [(p, thumbnail(p["image"])) for p in shown]
-    about = {"title": title, "figures": figures, "plot": figure, "levels": LEVELS, "total": len(predictions)}
+    about = {"title": title, "figures": table_row(metrics).items(), "plot": figure, "levels": LEVELS, "total": len(predictions)}
     common.write_text(path, PAGE.render(about, cards=cards))
 
 
@@ -344,15 +342,11 @@ def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
     ckpt = Path(args.ckpt)
-    if not ckpt.is_dir():
-        common.usage_error(f"no such folder: {args.ckpt}")
-    if any((ckpt / name).exists() for name in ("run.json", "confidence.json")):
-        setup = common.read_run(ckpt)["setup"]
-    elif (ckpt / "config.json").exists():
-        setup = dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | {"data": "digits", "cache": "cache"}
-        setup |= {"noise_scale": 1.0, "world_seed": args.seed}
-    else:
-        common.usage_error(f"{args.ckpt} holds neither a model nor a run of warmup.py or ppo.py")
+    made, model = (any((ckpt / name).exists() for name in names) for names in (("run.json", "confidence.json"), ("config.json",)))
+    common.usage_error(not ckpt.is_dir() and f"no such folder: {ckpt}")
+    common.usage_error(not (made or model) and f"{ckpt} holds neither a model nor a run of warmup.py or ppo.py")
+    base = {"data": "digits", "cache": "cache", "noise_scale": 1.0, "world_seed": args.seed}
+    setup = common.read_run(ckpt)["setup"] if made else dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | base
     given = ("data", "data_dir", "noise_scale", "cache")
     setup |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     return setup | {"matcher": setup["matcher"] or ("exact" if setup["data"].startswith("digits") else common.CROSS_ENCODER)}

@@ -397,8 +397,8 @@ def main(argv: list[str] | None = None) -> None:
     questions = common.read_finished(ckpt, "sft.jsonl")
     confidence = common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
-    problems = ["R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"] * bool(blind)
-    common.usage_error(*common.cannot_train(ckpt, args), *problems)
+    problem = "R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"
+    common.usage_error(*common.cannot_train(ckpt, args), blind and problem)
     run = common.Run("ppo", args, setup)
     if run.finished:
         return

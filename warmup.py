@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.oracle:
         args.explore = 0.0
         unknown = any(sentence["correct"] is None for sentence in common.all_sentences(lines))
-        common.usage_error(*["--oracle needs the reference chains that given responses lack"] * unknown)
+        common.usage_error(unknown and "--oracle needs the reference chains that given responses lack")
         for sentence in common.all_sentences(lines):
             sentence["level"] = N_LEVELS if sentence["correct"] else 1
     pool, n = common.load_statements(), args.statements_per_level
