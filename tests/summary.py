@@ -82,10 +82,17 @@ def question_errors(predictions: list[dict]) -> dict[str, float]:
     return {name: evaluate.mean(error) for name, error in errors.items()}
 
 
+def training_seconds(folder: str | Path) -> float:
+    """What the training of a run took, by the logs of all runs that it was made from: warm-up and PPO, not estimates."""
+    log, record = common.read_jsonl(Path(folder, "log.jsonl")), Path(folder, "run.json")
+    spent = sum(value for row in log for name, value in row.items() if name.startswith("seconds"))
+    return spent + sum(map(training_seconds, common.read_json(record)["read"].values() if record.exists() else ()))
+
+
 def summarize(folder: Path, ours: Path | None) -> dict:
     """The figures of one run; those that need predictions.jsonl only where that is. `against`: `paired_bootstrap` with `ours`."""
     metrics, predictions = common.read_json(folder / "metrics.json"), common.read_jsonl(folder / "predictions.jsonl")
-    run = {name: metrics.get(name) for name in NAMES}
+    run = {name: metrics.get(name) for name in NAMES} | {"seconds": round(training_seconds(folder))}
     run |= {f"{part}_{name}": metrics[part].get(name) for part in evaluate.PARTS for name in ("mece", "f1")}
     counts = [metrics["level_histogram"][str(level)] for level in evaluate.LEVELS]
     run |= {"reasoning": metrics["reasoning"]["auroc_sentence"], "levels": [n / max(sum(counts), 1) for n in counts]}

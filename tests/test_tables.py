@@ -56,6 +56,19 @@ def test_questions_are_drawn_with_all_their_sentences(tmp_path):
     assert "against" not in summary.summarize(ours, ours) and "against" not in summary.summarize(other, None)
 
 
+def test_seconds_of_training(tmp_path):
+    """A row's own and those of what it was made from: 3 + 4 of two updates, 5 of a warm-up; nothing where nothing was trained."""
+    logs = {
+        "ppo": [{"kl": 9, "seconds_rollout": 1.0, "seconds_update": 2.0}, {"seconds_rollout": 4.0}],
+        "warmup": [{"seconds": 5.0}],
+    }
+    for name, before in (("estimate", None), ("warmup", "estimate"), ("ppo", "warmup"), ("results", "ppo")):
+        (tmp_path / name).mkdir()
+        common.write_jsonl(tmp_path / name / "log.jsonl", logs.get(name, []))
+        common.write_json(tmp_path / name / "run.json", {"read": {"ckpt": str(tmp_path / before)} if before else {}})
+    assert [summary.training_seconds(tmp_path / name) for name in ("results", "warmup", "estimate", "none")] == [12, 5, 0, 0]
+
+
 def test_difference_of_internal_confidence_and_consistency(tmp_path):
     """U is half LNLP here; the stored `u`, 1 - consistency, would say that there is no difference at all."""
     fit = {"min": [0] * 4, "max": [1] * 4, "weights": [0.5, 0.5, 0, 0], "fuse": "mean", "snowball": True}
