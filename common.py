@@ -311,12 +311,13 @@ class Run:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of a file, or of the results in a folder: names, sizes and beginnings of what shapes the runs that read it."""
+    """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON, and of weights size and beginning."""
     files, digest = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)], hashlib.sha256()
     for file in files:
         if file.suffix in (".json", ".jsonl", ".safetensors") and file.name not in ("log.jsonl", "run.json") and file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
             with open(file, "rb") as opened:
-                digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+                digest.update(opened.read(1 << 20 if file.suffix == ".safetensors" else -1))
     return digest.hexdigest()
 
 
@@ -590,12 +591,14 @@ def load_data(name: str, data_dir=None, split="train", limit=None, require_image
         return [record for one in name.split("+") for record in load_data(one, *options)]
     if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
-    if name not in PUBLISHED or split not in SPLITS:
-        usage_error(f"no {split} split of {name!r}: known are {', '.join(PUBLISHED)} with {', '.join(SPLITS)}")
+    if name not in PUBLISHED or split not in SPLITS or (name == "culturalvqa" and split == "validation"):
+        usage_error(
+            f"no {split} split of {name!r}: known are {', '.join(PUBLISHED)} with {', '.join(SPLITS)}; culturalvqa is one file"
+        )
     (folder, files, images, owner), part = PUBLISHED[name], SPLITS[split]
     files = [file.format(part=part) for file in files]
     places = " or ".join(image.format(part=part, image="ID") for image in images)
-    layout = f"{' or '.join(files)}, with {owner} images as {places}"
+    layout = f"{' or '.join(files)} there or in {folder}/, with {owner} images as {places}"
     if data_dir is None:
         try:
             data_dir = huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns=[f"*{folder}/*", *files])
@@ -815,12 +818,12 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     return vlm
 
 
-def cannot_train(path: str | Path, args: argparse.Namespace) -> list:
+def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
     n = int(os.environ.get("WORLD_SIZE", 1))
     adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
-    problems = [args.batch_size % n and f"--batch-size {args.batch_size} cannot be divided among {n} processes"]
+    problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
     flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
     refused = [flag for flag, given in flags.items() if given and not adapter]
     return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]

@@ -13,7 +13,7 @@ Choices beyond the paper
     python estimate.py                                # the digits world, nothing to download
     python estimate.py --relevel estimate --weights 1 1 1 0 --out no_clip    # w/o U_CLIPScore, on the responses measured above
     python estimate.py --relevel estimate --levels uniform --out uic         # uniform intervals (UIC, Table 7); --fuse max: w U_Max
-    python estimate.py --responses chains.jsonl       # measure given responses (id, image, question, response), no generation
+    python estimate.py --data aokvqa --responses chains.jsonl    # measure given responses (id, image, question, response)
 """
 
 import argparse
@@ -38,9 +38,9 @@ FLAGS = {
     "data": {
         "data": (("digits", *PUBLISHED), ["digits"], "data sets, one or more; their training splits are answered"),
         "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the Hugging Face hub)"),
-        "responses": (TEXT, None, "measure the responses of a .jsonl file (id, image, question, response), generate nothing"),
+        "responses": (TEXT, None, "measure the responses of a .jsonl file (id, image, question, response) by --model"),
         "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
-        "limit": (COUNT, 3000, None, "number of questions"),
+        "limit": (COUNT, 3000, None, "number of questions; of given responses all"),
         "noise_scale": (POSITIVE, 1.0, "digits: multiplies the noise of every image"),
         "cache": (TEXT, "cache", "where the digits world keeps its models and images"),
     },
@@ -345,7 +345,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         setup = common.read_run(args.relevel, "responses.jsonl")["setup"]
         common.fill_defaults(args, FLAGS, setup["data"])
         return setup, common.read_finished(args.relevel, "responses.jsonl")
-    args.data = "+".join(args.data)
+    args.data, limit = "+".join(args.data), args.limit
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
     handed_on = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
@@ -361,7 +361,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         lists = [parts.get("image"), parts.get("reasoning"), record.get("choices") or []] if isinstance(parts, dict) else [None]
         sound = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
         record["flaw"] = None if sound else "malformed reference or choices"
-    records = common.usable(given, needed, args.allow_bad_records, args.limit, roots, args.model)
+    records = common.usable(given, needed, args.allow_bad_records, limit, roots, args.model)
     return setup, [{"id": i} | blank | record for i, record in enumerate(records)]
 
 

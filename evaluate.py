@@ -354,7 +354,8 @@ def read_setup(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    setup = read_setup(args)
+    setup, confidence = read_setup(args), Path(args.ckpt, "confidence.json")
+    common.usage_error(args.bars and not confidence.exists() and f"--bars needs {confidence}, of warmup.py or ppo.py")
     common.fill_defaults(args, FLAGS, setup["data"])
     run = common.Run("evaluate", args, setup)
     if run.finished:
@@ -367,8 +368,7 @@ def main(argv: list[str] | None = None) -> None:
 
     answer = lambda b, _: predict(vlm, reader, matcher, b, args.max_new_tokens, args.seed, args.consistency)  # noqa: E731
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
-    bars = None
-    if args.bars and Path(args.ckpt, "confidence.json").exists():
+    if args.bars:
         base = common.load_model(setup["model"], args, run.device)
         clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
         greedy = lambda prompts: common.generate(base, prompts, 0.0, args.max_new_tokens, 0)  # noqa: E731
@@ -379,8 +379,8 @@ def main(argv: list[str] | None = None) -> None:
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
         print(format_table({str(args.ckpt): metrics}))
-        if bars:
-            metrics["internal"] = internal_rows(bars, common.read_json(Path(args.ckpt, "confidence.json")))
+        if args.bars:
+            metrics["internal"] = internal_rows(bars, common.read_json(confidence))
             print(f"\n{'the bars, of what the base model wrote':40s} AUROC  image  reasoning  Brier skill  MECE")
             for name, row in metrics["internal"].items():
                 cells = row if isinstance(row, dict) else {"auroc": row}

@@ -42,7 +42,15 @@ def tokensar(updates: int, update, runs: int) -> None:
 
     n = sum(map(len, asked))
     variants = {"bare encoder, distinct texts": bare, "ours": ours, "one call a sentence": one_by_one}
-    report(f"TokenSAR over {updates} updates, {n:,} sentences", variants, "ours", runs, memory=False, per=n, unit="sentences")
+    report(
+        f"TokenSAR over {updates} updates, {n:,} sentences",
+        variants,
+        "bare encoder, distinct texts",
+        runs,
+        memory=False,
+        per=n,
+        unit="sentences",
+    )
 
 
 def main() -> None:

@@ -60,11 +60,13 @@ class Server:
     def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
         """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
-        self.url, self.max_mismatch, self.apart, self.checked = re.sub("//[^/@]*@", "//", url), max_mismatch, [], set()
-        self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *re.findall("//([^/@]*)@", url)]
+        self.url, self.max_mismatch, self.apart, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
+        user = re.search("//(.*)@", url)
+        self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *(user[1].split(":") if user else ())]
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
         address, key = re.sub(r"(/v1)?/*$", "", url) + "/v1", os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=patience)
+        with self.trying("is no address"):
+            self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=patience)
         adapter = Path(path, "adapter_config.json")
         self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
         self.adapter = None
@@ -96,17 +98,18 @@ class Server:
         before, name = self.adapter, f"policy-{os.urandom(6).hex()}"
         if PartialState().is_main_process:
             with self.trying("is away, or takes no adapter, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
-                self.client.post("/load_lora_adapter", cast_to=str, body={"lora_name": name, "lora_path": os.path.abspath(folder)})
-                if before:
-                    self.client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": before})
+                body = {"lora_name": name, "lora_path": os.path.abspath(folder)}
+                load = functools.partial(self.client.post, "/load_lora_adapter", cast_to=str, body=body)
+                self.pool.apply_async(load).get(self.patience)
+        self.unload(before)
         [self.adapter] = broadcast_object_list([name])
 
-    def close(self) -> None:
-        """Take the last adapter away, where the server is still there."""
-        if self.adapter and PartialState().is_main_process:
+    def unload(self, adapter: str | None) -> None:
+        """Take an adapter away, where the server still has it."""
+        if adapter and PartialState().is_main_process:
             with contextlib.suppress(Exception):
                 once = self.client.with_options(max_retries=0, timeout=20)
-                once.post("/unload_lora_adapter", cast_to=str, body={"lora_name": self.adapter})
+                once.post("/unload_lora_adapter", cast_to=str, body={"lora_name": adapter})
 
     def sample(self, vlm, records: list[dict], temperature: float, length: int, seed: int) -> list[tuple[list[int], torch.Tensor]]:
         """A response to each question: token ids as from `generate`, and what the server says of their log-probabilities (L,), NaN
@@ -234,14 +237,19 @@ def main(argv: list[str] | None = None) -> None:
         return copy_for_vllm(*args.copy)
     if not (args.server and args.script):
         common.usage_error("needs --server URL and the name of a script")
-    if not (args.concurrency > 0 and args.patience > 0 and args.max_mismatch > 0):
-        common.usage_error("--concurrency, --patience and --max-mismatch must be positive")
+    if not (args.concurrency > 0 and 0 < args.patience < 1e6 and args.max_mismatch > 0):
+        common.usage_error("--concurrency, --patience and --max-mismatch must be positive, --patience below 1e6")
     script = importlib.import_module(args.script.removesuffix(".py"))
     given = script.parse_args(args.flags)
-    relevels = bool(getattr(given, "relevel", None))
-    if (relevels and given.levels != "consistency") or (Path(given.out, "done").exists() and not given.overwrite):
+    relevel, ckpt = getattr(given, "relevel", None), getattr(given, "ckpt", None)
+    measured = (relevel or getattr(given, "responses", None)) and given.levels != "consistency"
+    if measured or (Path(given.out, "done").exists() and not given.overwrite):
         return common.run_script(lambda: script.main(args.flags))  # nothing is sampled
-    path = common.read_run(given.relevel)["setup"]["model"] if relevels else getattr(given, "ckpt", None) or given.model
+    if ckpt:
+        common.usage_error(not Path(ckpt).is_dir() and f"no such folder: {ckpt}")
+        if Path(ckpt, "run.json").exists():
+            common.read_run(ckpt)
+    path = common.read_run(relevel)["setup"]["model"] if relevel else ckpt or given.model
     if path is None:
         common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
         path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
@@ -256,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         common.run_script(lambda: script.main(args.flags))
     finally:
-        server.close()
+        server.unload(server.adapter)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def training_seconds(folder: str | Path) -> float:
 def summarize(folder: Path, ours: Path | None) -> dict:
     """The figures of one run; those that need predictions.jsonl only where that is. `against`: `paired_bootstrap` with `ours`."""
     metrics, predictions = common.read_json(folder / "metrics.json"), common.read_jsonl(folder / "predictions.jsonl")
-    run = {name: metrics.get(name) for name in NAMES} | {"seconds": round(training_seconds(folder))}
+    run = {name: metrics.get(name) for name in NAMES}
+    run["seconds"] = round(training_seconds(folder)) if (folder / "run.json").exists() else None
     run |= {f"{part}_{name}": metrics[part].get(name) for part in evaluate.PARTS for name in ("mece", "f1")}
     counts = [metrics["level_histogram"][str(level)] for level in evaluate.LEVELS]
     run |= {"reasoning": metrics["reasoning"]["auroc_sentence"], "levels": [n / max(sum(counts), 1) for n in counts]}

@@ -97,8 +97,9 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path, capsys):
             assert s == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in t.items()}
 
 
-def test_estimate_given_responses(runs, cache, tmp_path, capsys):
-    """--responses measures existing chains as it measures its own; unusable records are counted by reason."""
+def test_estimate_given_responses(runs, cache, tmp_path, capsys, monkeypatch):
+    """--responses measures existing chains as it measures its own, all of them; unusable records are counted by reason."""
+    monkeypatch.setitem(estimate.FLAGS["data"], "limit", (common.COUNT, 20, None, "of what is generated"))
     lines = common.read_jsonl(runs["estimate"] / "responses.jsonl")
     given = [{k: line[k] for k in ("id", "image", "question", "response")} for line in lines]
     common.write_jsonl(tmp_path / "given.jsonl", [*given, {"id": "x", "image": "nowhere.png", "question": "?", "response": "No."}])
@@ -284,7 +285,9 @@ def test_evaluate(runs, tmp_path):
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (runs["results"] / "metrics.json").read_bytes()
 
 
-def test_evaluate_with_the_bars(runs, tmp_path, capsys):
+def test_evaluate_with_the_bars(runs, cache, tmp_path, capsys):
+    base = estimate.digits_paths(cache, 0, 1.0)["model"]
+    assert "--bars needs " in code_and_line(capsys, evaluate.main, "--ckpt", base, "--bars", "--out", tmp_path / "r")
     evaluate.main(["--ckpt", str(runs["ppo"]), "--limit", "6", "--max-new-tokens", "60", "--bars", "--out", str(tmp_path / "r")])
     metrics, lines = common.read_json(tmp_path / "r" / "metrics.json"), common.read_jsonl(tmp_path / "r" / "base.jsonl")
     right = [sentence["correct"] for line in lines for sentence in line["sentences"]]
@@ -446,7 +449,7 @@ def test_what_is_read_belongs_to_the_settings(runs, tmp_path, monkeypatch, capsy
 
 def test_two_runs_on_one_folder(runs, capsys):
     held = os.open(runs["ppo"], os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)  # as another process would
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as another process would, after the run that made the folder
     assert "another run is at work" in code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", runs["ppo"], *PPO)
     os.close(held)
     ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(runs["ppo"]), *PPO])
@@ -531,6 +534,13 @@ def test_what_a_refused_command_leaves(runs, tmp_path, capsys):
     Path(record["image"]).write_bytes(whole[:20])
     common.digits_data("digits", "test", 1, tmp_path)
     assert Path(record["image"]).read_bytes() == whole
+
+
+def test_a_fingerprint_sees_every_byte_of_the_results(tmp_path):
+    common.write_jsonl(tmp_path / "responses.jsonl", [{"text": "x" * 2_000_000, "level": 4}])
+    before = common.fingerprint(tmp_path)
+    common.write_jsonl(tmp_path / "responses.jsonl", [{"text": "x" * 2_000_000, "level": 5}])
+    assert common.fingerprint(tmp_path) != before
 
 
 def test_a_stopped_script(runs, tmp_path):

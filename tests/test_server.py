@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -169,6 +170,12 @@ def test_samples_as_generate(server, base, records):
     assert len({request["seed"] for request in server.requests}) == 10
 
 
+@pytest.mark.parametrize("url", ["http://me@corp:word-7d1f@host:1", "http://me:word/7d1f@host:80a0", "http://localhost:80a0"])
+def test_no_password_is_shown(url, capsys):
+    line = one_line(capsys, lambda *_: engine.Server(url, "m"))
+    assert "error: server http://" in line and "7d1f" not in line and "corp" not in line
+
+
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_an_address(server, base, end):
     server.models["m"] = base
@@ -280,8 +287,12 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
     bars = ["evaluate.py", "--ckpt", folders.base, "--bars"]
     assert "--bars asks for the base model" in one_line(capsys, engine.main, "--server", server.url, *bars)
     assert "name of a script" in one_line(capsys, engine.main, "--server", server.url)
-    for flag in ("--concurrency", "--patience", "--max-mismatch"):
-        assert "must be positive" in one_line(capsys, engine.main, "--server", server.url, flag, "0", *flags)
+    for flag, value in (("--concurrency", "0"), ("--patience", "inf"), ("--max-mismatch", "0")):
+        assert "must be positive" in one_line(capsys, engine.main, "--server", server.url, flag, value, *flags)
+    assert "no such folder: gone" in one_line(capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", "gone")
+    shutil.copytree(folders.warmup, tmp_path / "w", ignore=lambda *_: ["done"])
+    line = one_line(capsys, engine.main, "--server", server.url, "evaluate.py", "--ckpt", str(tmp_path / "w"))
+    assert "is not a finished run of the stage before: done missing" in line
     assert f"no model in {tmp_path}" in one_line(capsys, engine.main, "--copy", str(tmp_path), str(tmp_path / "served"))
 
 
