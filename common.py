@@ -100,8 +100,7 @@ TRAINING_FLAGS = {
 
 
 def usage_error(*problems: object) -> None:
-    """Print all problems on one line of stderr, leave no new folder behind that holds nothing, and exit with code 2. A problem is
-    a text, or something false where there is none: `usage_error(n < 1 and "none is there")`."""
+    """Print what is a problem (none: something false, as in `n < 1 and "too few"`), leave no empty new folder, exit with code 2."""
     if problems := list(filter(None, problems)):
         while NEW:
             folder = NEW.pop()

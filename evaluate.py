@@ -137,9 +137,8 @@ def compute_metrics(predictions: list[dict]) -> dict:
     levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
     constant, constant_level = mece_constant(predictions)
     direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
-    metrics = {"ece": ece(answer_confidence, answer_correct), "coverage": mean([level is not None for level in levels])}
-    metrics["auroc"] = auroc(answer_confidence, answer_correct)
-    metrics["accuracy"] = mean([bool(p["answer_correct"]) for p in predictions])
+    metrics = {"ece": ece(answer_confidence, answer_correct), "auroc": auroc(answer_confidence, answer_correct)}
+    metrics |= {"accuracy": mean([bool(p["answer_correct"]) for p in predictions]), "coverage": mean([bool(n) for n in levels])}
     metrics["direct_answer"] = mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct])
     metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
     metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])
@@ -366,7 +365,9 @@ def main(argv: list[str] | None = None) -> None:
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     vlm = common.load_model(args.ckpt, args, run.device)
 
-    answer = lambda b, _: predict(vlm, reader, matcher, b, args.max_new_tokens, args.seed, args.consistency)  # noqa: E731
+    def answer(batch: list[dict], start: int) -> list[dict]:
+        return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed * 1_000_000 + start, args.consistency)
+
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
     if args.bars:
         base = common.load_model(setup["model"], args, run.device)

@@ -55,7 +55,7 @@ FLAGS = {
         "alpha": (NOT_NEGATIVE, 1.0, "weight of R_KA; 0 is the ablation w/o R_KA"),
         "beta": (NOT_NEGATIVE, 1.0, "weight of R_EC; 0 is the ablation w/o R_EC"),
         "gamma": (NOT_NEGATIVE, 1.0, "weight of R_CS; 0 is the ablation w/o R_CS"),
-        "reward": (("sentences", "answer"), "sentences", "eq. 13, or that of SaySelf: the calibration of the answer alone"),
+        "reward": (("sentences", "answer"), "sentences", "eq. 13, or that of SaySelf: the calibration of the last sentence"),
         "reward_placement": (("sentence", "end"), "sentence", "see choice 2 above"),
         "kl_coef": (NOT_NEGATIVE, 0.03, "penalty for leaving the warm-up policy"),
         "max_kl": (POSITIVE, 1000.0, "nats a response from the warm-up policy at which a run has gone astray and stops"),

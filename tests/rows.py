@@ -1,18 +1,16 @@
 """The comparison of Table 1: every row's commands, run where they are missing, and the tables (`tables.py`).
 
-    python tests/rows.py --seeds 0 1 2 3 4 --jobs 2             # everything, in runs/; the same command goes on after a stop
-    python tests/rows.py --seeds 3 4 --save figures.json        # and add what is there to the figures in a file
+    python tests/rows.py --seeds 0 1 2 3 4 --jobs 2             # everything, in runs/; goes on after a stop; --save FILE
     python tests/rows.py --table tests/table1.json              # the tables in the README; nothing is run
     python tests/rows.py --table runs --export tables           # of all seeds in a folder; CSV and pictures in tables/
 
-A row is a line of ROWS, its runs are lines of RUNS: {name} is another run's folder, so rows share what they have in common. What is
-finished is checked by the scripts themselves (settings and inputs, by fingerprint) and not repeated. A new row is two lines:
+A row is a line of ROWS, its runs are lines of RUNS: {name} is another run's folder, so rows share what they have in common. The
+scripts check what is finished (settings, inputs by fingerprint) and do not repeat it. A new row is two lines:
 
     RUNS["strict"] = "ppo --ckpt {warmup} --beta 2"
     "R_EC twice": ("strict", "", ()),                           # in ROWS; behind it what the paper has, nothing here
 
-On digits DPV and DPS are taught the format with confidences drawn at random, for so small a model follows no new prompt.
-"""
+On digits DPV and DPS are taught the format with confidences drawn at random, for so small a model follows no new prompt."""
 
 import argparse
 import multiprocessing
@@ -38,15 +36,13 @@ RUNS = {"estimate": "estimate", "warmup": "warmup --estimate {estimate}", "ppo":
 RUNS |= {"no_rl": "warmup --estimate {estimate} --explore 0", "oracle": "warmup --estimate {estimate} --oracle"}
 RUNS |= {"random": "estimate --relevel {estimate} --levels random", "dps": "warmup --estimate {random} --explore 0"}
 RUNS |= {"dpv": "warmup --estimate {random} --explore 0 --no-statements", "drl": "ppo --ckpt {dps}"}
-RUNS["agreed"] = "estimate --relevel {estimate} --levels consistency"
-RUNS["multisample"] = "warmup --estimate {agreed} --explore 0"
+RUNS |= {"agreed": "estimate --relevel {estimate} --levels consistency", "multisample": "warmup --estimate {agreed} --explore 0"}
 RUNS |= {"once": "warmup --estimate {agreed} --explore 0 --layout once", "saysself": "ppo --ckpt {once} --reward answer"}
 RUNS["e_csr"] = "estimate --relevel {estimate} --weights 1 0 0 9"
 RUNS["csr"] = "conf_csr --estimate {e_csr} --evaluate digits digits-ood"
 RUNS |= {"after": "warmup --estimate {estimate} --layout after", "rce": "ppo --ckpt {after}"}
 RUNS |= {"numbers": "warmup --estimate {estimate} --no-statements", "no_mapping": "ppo --ckpt {numbers}"}
-for name, weight in (("ka", "alpha"), ("ec", "beta"), ("cs", "gamma")):
-    RUNS[f"no_{name}"] = f"ppo --ckpt {{warmup}} --{weight} 0"
+RUNS |= {f"no_{term}": f"ppo --ckpt {{warmup}} --{weight} 0" for term, weight in (("ka", "alpha"), ("ec", "beta"), ("cs", "gamma"))}
 CHANGES = {"max": "--fuse max", "uniform": "--levels uniform", "calibrated": "--levels calibrated", "snowball": "--snowball"}
 CHANGES |= {"no_lnlp": "--weights 0 1 1 1", "no_mte": "--weights 1 0 1 1"}
 CHANGES |= {"no_tsar": "--weights 1 1 0 1", "no_clip": "--weights 1 1 1 0"}
@@ -74,8 +70,8 @@ ROWS = {
     "w/o R_KA": ("no_ka", "", (0.325, 0.347, 0.802, 0.629, 0.348, 0.370, 0.437, 0.632)),
     "w/o R_EC": ("no_ec", "", (0.332, 0.357, 0.819, 0.635, 0.359, 0.392, 0.422, 0.648)),
     "w/o R_CS": ("no_cs", "", (0.343, 0.368, 0.857, 0.648, 0.368, 0.417, 0.436, 0.640)),
-    "w/o RL": ("no_rl", "", (0.392, 0.427, 0.768, 0.581, 0.408, 0.456, 0.419, 0.595)),
     "UIC": ("uniform", "", (0.358, 0.387)),  # in Table 7
+    "w/o RL": ("no_rl", "", (0.392, 0.427, 0.768, 0.581, 0.408, 0.456, 0.419, 0.595)),
     "calibrated cuts (ours)": ("calibrated", "", ()),
     "snowball-aware U (ours)": ("snowball", "", ()),
     "oracle (no method)": ("oracle", "", ()),
@@ -85,15 +81,14 @@ PAPER = tables.by_data({row: numbers for row, (_, _, numbers) in ROWS.items()}, 
 
 
 def results(root: Path, seed: int, row: str, data: str) -> Path:
-    if row == "Conf-CSR":  # which says nothing, and measures itself
-        return root / f"seed{seed}" / "csr" / data
-    return root / f"seed{seed}" / "results" / f"{common.plain(row).replace(' ', '_')}-{data}"
+    name = f"results/{common.plain(row).replace(' ', '_')}-{data}" if row != "Conf-CSR" else f"csr/{data}"
+    return root / f"seed{seed}" / name
 
 
-def run_seed(job: tuple) -> None:
-    """All runs of the rows, for one seed, one after the other; what fails is named and left behind."""
+def run_seed(job: tuple) -> list[tuple[int, str]]:
+    """All runs of the rows, for one seed, one after the other -> (seed, row) of what failed, which is named and left behind."""
     root, seed, rows, options = job
-    made: dict[str, Path] = {}
+    made, failed = {}, []
 
     def make(name: str) -> Path:
         if name not in made:
@@ -108,17 +103,22 @@ def run_seed(job: tuple) -> None:
         try:
             name, flags, _ = ROWS[row]
             folder = make(name)
-            ckpt = str(folder) if name != "estimate" else common.read_run(folder)["setup"]["model"]  # the untrained model
-            shared = ["--ckpt", ckpt, "--seed", str(seed), *flags.split(), *options["evaluate"]]
-            for data in DATA if row != "Conf-CSR" else ():
+            of = common.read_run(folder)["setup"]
+            ckpt = str(folder) if name != "estimate" else of["model"]  # the untrained model, which knows of no run
+            world = ["--noise-scale", str(of["noise_scale"]), "--cache", of["cache"]]
+            shared = ["--ckpt", ckpt, "--seed", str(seed), *world, *flags.split(), *options["evaluate"]]
+            for data in DATA if row != "Conf-CSR" else ():  # which measures itself, on test
                 evaluate.main([*shared, "--data", data, "--out", str(results(root, seed, row, data))])
         except (Exception, SystemExit):
             print(f"seed {seed}, {row}: failed\n{traceback.format_exc()}", file=sys.stderr)
+            failed.append((seed, row))
+    return failed
 
 
-def collect(root: Path, seeds: list[int]) -> dict:
-    """The summary of all results that are there."""
-    folders = {(data, row, str(seed)): results(root, seed, row, data) for data in DATA for row in ROWS for seed in seeds}
+def collect(root: Path, seeds: list[int], failed=()) -> dict:
+    """The summary of all results that are there, but those of rows that `failed` just now."""
+    keys = [(data, row, seed) for data in DATA for row in ROWS for seed in seeds if (seed, row) not in failed]
+    folders = {(data, row, str(seed)): results(root, seed, row, data) for data, row, seed in keys}
     return summary.collect(folders, {str(seed): root / f"seed{seed}" / "agreed" for seed in seeds})
 
 
@@ -137,8 +137,8 @@ def main() -> None:
     if args.table in (None, "1"):  # Table 1 is what is run here
         options = {script: getattr(args, script).split() for script in SCRIPTS}
         with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-            pool.map(run_seed, [(args.out, seed, args.rows, options) for seed in args.seeds], chunksize=1)
-        found = collect(args.out, args.seeds)
+            failed = pool.map(run_seed, [(args.out, seed, args.rows, options) for seed in args.seeds], chunksize=1)
+        found = collect(args.out, args.seeds, sum(failed, []))
     elif Path(args.table).is_dir():
         found = collect(Path(args.table), sorted(int(path.name[4:]) for path in Path(args.table).glob("seed[0-9]*")))
     else:

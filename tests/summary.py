@@ -126,16 +126,21 @@ def collect(folders: dict[tuple[str, str, str], Path], estimates: dict[str, Path
     """The summary of {(data, row, seed): results folder} and {seed: estimate folder with agreement}, where they are finished."""
     found: dict = {}
     for (data, row, seed), folder in folders.items():
-        if (folder / "metrics.json").exists():
+        if (folder / "metrics.json").exists() and any((place / "done").exists() for place in (folder, folder.parent)):
             found.setdefault(data, {}).setdefault(row, {})[seed] = summarize(folder, folders.get((data, OURS, seed)))
     agreed = {seed: ice_sce(folder) for seed, folder in estimates.items() if (folder / "responses.jsonl").exists()}
     return found | {TRAIN: {"agreed": agreed}}
 
 
 def save(path: Path, new: dict) -> dict:
-    """Add a summary to the one in a file, by data, row and seed, a line a run; returns both together."""
+    """Add a summary to the one in a file, by data, row and seed, a line a run; returns both together. A run that was compared with
+    another run of MMBoundary than the one that is there now loses that comparison."""
     kept = common.read_json(path) if path.exists() else {}
     for data, rows in new.items():
+        ours = kept.get(data, {}).get(OURS, {})
+        changed = [seed for seed, run in rows.get(OURS, {}).items() if run["mece"] != ours.get(seed, run)["mece"]]
+        for run in [runs[seed] for runs in kept.get(data, {}).values() for seed in changed if seed in runs]:
+            run.pop("against", None)
         for row, runs in rows.items():
             kept.setdefault(data, {}).setdefault(row, {}).update(runs)
     text = json.dumps(kept, indent=1, ensure_ascii=False)

@@ -45,11 +45,10 @@ def by_data(numbers: dict[str, tuple], data_sets: tuple[str, ...]) -> dict[str, 
 # A table is a list of lines {title: cell}; rows {row: {seed: figures}} and paper {row: {metric: number}} are of one data set.
 def markdown(table: list[dict]) -> str:
     titles = [title for title in table[0] if title not in CSV_ONLY]
-    lines = [titles, ["---"] * len(titles)]
-    for above, line in zip([{}, *table], table, strict=False):
-        if above.get("in the paper") and not line.get("in the paper", True):
-            lines.append(["*beyond the paper*"] + [""] * (len(titles) - 1))
-        lines.append([line[title] for title in titles])
+    lines = [titles, ["---"] * len(titles), *([line[title] for title in titles] for line in table)]
+    known = [i for i, line in enumerate(table) if line.get("in the paper", True)]
+    if 0 < len(known) and known[-1] + 1 < len(table):
+        lines.insert(known[-1] + 3, ["*beyond the paper*"] + [""] * (len(titles) - 1))
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return f"{text}\n\n{MARK}" if "†" in text else text
 

@@ -200,7 +200,11 @@ def test_rows_share_and_go_on(tmp_path, monkeypatch, capsys):
     fakes["ppo"] = lambda argv: 1 / 0
     monkeypatch.setattr(rows, "SCRIPTS", fakes)
     monkeypatch.setattr(evaluate, "main", lambda argv: made.append(("evaluate", argv)))
-    rows.run_seed((tmp_path, 7, ["w/o RL", "w/o R_EC", "DPS"], options))
+    setup = {"model": "base", "noise_scale": 2.0, "cache": "there"}
+    monkeypatch.setattr(common, "read_run", lambda folder: {"setup": setup})
+    assert rows.run_seed((tmp_path, 7, ["w/o RL", "w/o R_EC", "DPS", "SC"], options)) == [(7, "w/o R_EC")]
+    assert made[-1][1][:8] == "--ckpt base --seed 7 --noise-scale 2.0 --cache there".split()
+    del made[-2:]
     assert [script for script, _ in made].count("estimate") == 2  # "estimate" once, and "random"
     assert [argv[argv.index("--ckpt") + 1] for script, argv in made if script == "evaluate"] == [
         str(tmp_path / "seed7" / name) for name in ("no_rl", "no_rl", "dps", "dps")

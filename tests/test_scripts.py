@@ -299,6 +299,14 @@ def test_evaluate_with_the_bars(runs, cache, tmp_path, capsys):
     }
 
 
+def test_every_batch_has_its_seed(runs, tmp_path, monkeypatch):
+    seeds, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *args: seeds.append(args[5]) or predict(*args))
+    flags = "--limit 4 --batch-size 2 --consistency 1 --seed 3 --max-new-tokens 20".split()
+    evaluate.main(["--ckpt", str(runs["warmup"]), *flags, "--out", str(tmp_path / "r")])
+    assert seeds == [3_000_000, 3_000_002]
+
+
 def test_evaluate_a_base_model(cache, tmp_path):
     model = estimate.digits_paths(cache, 0, 1.0)["model"]
     evaluate.main(["--ckpt", model, "--limit", "6", "--cache", str(cache), "--data", "digits-ood", "--out", str(tmp_path / "b")])

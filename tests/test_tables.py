@@ -24,7 +24,27 @@ def write(folder, predictions: list[dict]):
     folder.mkdir()
     common.write_json(folder / "metrics.json", evaluate.compute_metrics(predictions))
     common.write_jsonl(folder / "predictions.jsonl", predictions)
+    (folder / "done").touch()
     return folder
+
+
+def test_what_counts_as_a_result(tmp_path, monkeypatch):
+    """A finished run of a row that has not failed just now; a comparison with a run that was replaced is dropped."""
+    monkeypatch.setattr(rows, "ROWS", {row: () for row in ("DPS", "SC", "Conf-CSR", "MMBoundary")})
+    (tmp_path / "seed3" / "results").mkdir(parents=True)
+    (tmp_path / "seed3" / "csr").mkdir()
+    (tmp_path / "seed3" / "csr" / "done").touch()
+    for row in rows.ROWS:
+        write(rows.results(tmp_path, 3, row, "digits"), [prediction(0, [4] * 4, [True] * 4, True)])
+    for row in ("SC", "Conf-CSR"):
+        (rows.results(tmp_path, 3, row, "digits") / "done").unlink()
+    assert set(rows.collect(tmp_path, [3], [(3, "DPS")])["digits"]) == {"Conf-CSR", "MMBoundary"}
+    assert set(rows.collect(tmp_path, [3])["digits"]) == {"DPS", "Conf-CSR", "MMBoundary"}
+    run = lambda mece: {"mece": mece, "against": [0.1, 0, 0.2, 0.01]}  # noqa: E731
+    kept = {"digits": {"DPS": {"0": run(0.5), "1": run(0.6)}, "MMBoundary": {"0": {"mece": 0.3}, "1": {"mece": 0.4}}}}
+    summary.save(tmp_path / "f.json", kept)
+    now = summary.save(tmp_path / "f.json", {"digits": {"MMBoundary": {"0": {"mece": 0.2}, "1": {"mece": 0.4}}}})["digits"]
+    assert now["DPS"] == {"0": {"mece": 0.5}, "1": run(0.6)} and now["MMBoundary"]["0"]["mece"] == 0.2
 
 
 def test_interval_and_holm():
