@@ -332,7 +332,7 @@ def test_hub(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     line = error_of(capsys, "aokvqa", split="test")
-    assert common.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json, with COCO 2017 images" in line
+    assert common.HUB in line and "download val_mmb.json or aokvqa_v1p0_val.json there or in aokvqa/" in line
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: asked.append((args, kw)) or str(tmp_path))
     assert "expected cvqa_mmb.json" in error_of(capsys, "culturalvqa")  # a snapshot of an unknown layout
