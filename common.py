@@ -93,7 +93,7 @@ RUN_FLAGS = {
     "load_in_4bit": (SWITCH, False, "NF4 base weights (bitsandbytes)"),
     "overwrite": (SWITCH, False, "start over in a folder that holds another run"),
 }
-TRAINING_FLAGS = {
+TRAINING_FLAGS = RUN_FLAGS | {
     "gradient_checkpointing": (SWITCH, False, "less memory for a second forward pass"),
     "tracker": (("tensorboard", "wandb"), None, "send the log there too"),
 }
@@ -273,11 +273,9 @@ class Run:
         if held and not (self.out / "run.json").exists():
             usage_error(f"{self.out}/ is not empty and holds no run of this project; choose another --out")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             if out in LOCKS:
                 os.close(LOCKS.pop(out))  # of an earlier run of this process
-            LOCKS[out] = os.open(self.out, os.O_RDONLY)
-            fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[out] = lock(out, fcntl.LOCK_NB)
         except BlockingIOError:
             usage_error(f"another run is at work in {self.out}/")
         except OSError as error:
@@ -307,6 +305,19 @@ class Run:
     def _leave(self) -> None:
         """Let other processes into the folder."""
         self.write(lambda path: os.close(LOCKS.pop(Path(os.path.realpath(path)))), "")
+
+
+def lock(folder: Path, how: int = 0) -> int:
+    """Make a folder and keep others out of it until the result is closed; wait for one that is in it (LOCK_NB: BlockingIOError)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | how)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # NFS, and others
+        print(f"the file system locks no folders ({error}): keep other runs out of {folder}/")
+    return opened
 
 
 def fingerprint(path: str | Path) -> str:
@@ -400,10 +411,8 @@ class Training:
         """Log a step's row, show some of its figures, save a checkpoint every now and then and at the end."""
         wrong = [name for name in ("loss", "kl", "value_loss", "reward") if not math.isfinite(row.get(name, 0))]
         wrong += ["kl"] * (row.get("kl", 0) > self.max_kl)
-        figures = ", ".join(f"{name} = {row[name]:.3g}" for name in wrong)
-        usage_error(
-            wrong and f"training went astray at step {len(self.log)}: {figures}"
-        )  # log and last checkpoint stay as they are
+        figures = ", ".join(f"{name} = {row[name]:.3g}" for name in wrong)  # log and last checkpoint stay as they are
+        usage_error(wrong and f"training went astray at step {len(self.log)}: {figures}")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         self.bar.update()
         self.run.accelerator.log(row, step=len(self.log))
@@ -507,19 +516,20 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split, as `load_data` gives them, the first n the same for every limit; images go into `cache`."""
     folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
-    with loading("--cache", cache):
-        folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for index in range(limit):
-        rng = np.random.default_rng([seed, list(POOLS).index(split), DIGITS.index(name), index])
-        pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")
-        path = folder / f"{index:06d}.png"
-        try:
-            find_picture(path, (folder,), np.shape)
-        except ValueError:  # not there yet, or damaged
-            with writing(path) as temporary:
-                to_image(pixels).save(temporary)
-        records.append({"id": f"{name}-{split}-{index}", "image": str(path)} | record)
+    with contextlib.ExitStack() as stack:
+        with loading("--cache", cache):
+            stack.callback(os.close, lock(folder))
+        records = []
+        for index in range(limit):
+            rng = np.random.default_rng([seed, list(POOLS).index(split), DIGITS.index(name), index])
+            pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")
+            path = folder / f"{index:06d}.png"
+            try:
+                find_picture(path, (folder,), np.shape)
+            except ValueError:  # not there yet, or damaged
+                with writing(path) as temporary:
+                    to_image(pixels).save(temporary)
+            records.append({"id": f"{name}-{split}-{index}", "image": str(path)} | record)
     return records
 
 
@@ -591,9 +601,8 @@ def load_data(name: str, data_dir=None, split="train", limit=None, require_image
     if name in DIGITS:
         return digits_data(name, split, limit, world["cache"], world["world_seed"], world["noise_scale"])
     if name not in PUBLISHED or split not in SPLITS or (name == "culturalvqa" and split == "validation"):
-        usage_error(
-            f"no {split} split of {name!r}: known are {', '.join(PUBLISHED)} with {', '.join(SPLITS)}; culturalvqa is one file"
-        )
+        known = f"{', '.join(PUBLISHED)} with {', '.join(SPLITS)}; culturalvqa is one file"
+        usage_error(f"no {split} split of {name!r}: known are {known}")
     (folder, files, images, owner), part = PUBLISHED[name], SPLITS[split]
     files = [file.format(part=part) for file in files]
     places = " or ".join(image.format(part=part, image="ID") for image in images)
@@ -1074,8 +1083,7 @@ class HeadStatistics(torch.autograd.Function):
                 to_hidden[rows] = g @ weight.float()
             if to_weight is not None:
                 to_weight += g.T @ hidden[rows].float()
-        to_hidden = None if to_hidden is None else to_hidden.to(hidden.dtype)
-        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
+        return to_hidden, to_weight, None  # autograd casts them to the type of what they belong to
 
 
 # -------------------------------------------------------------------------------------------------------------- estimators
@@ -1318,7 +1326,7 @@ def to_level(u: np.ndarray, confidence: dict) -> np.ndarray:
     return N_LEVELS - (np.asarray(u)[:, None] > np.array(confidence["edges"])).sum(-1)
 
 
-def conf(level: int) -> float:
+def conf(level: int | np.ndarray) -> float | np.ndarray:
     """EV: numerical value of a confidence level: 0, 0.25, 0.5, 0.75, 1 for levels 1 to 5."""
     return (level - 1) / (N_LEVELS - 1)
 

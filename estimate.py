@@ -17,7 +17,9 @@ Choices beyond the paper
 """
 
 import argparse
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -151,9 +153,8 @@ def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def train_on_digits(trained: list, loss_of: Callable, steps: int, size: int, lr: float, seed, noise_scale, desc, clear=0) -> None:
-    """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss.
-
-    The first `clear` steps draw clear images only: learning under full noise hardly starts."""
+    """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss. The first `clear` steps
+    draw clear images only: learning under full noise hardly starts."""
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng([seed, *desc.encode()])
     bar = tqdm(range(steps), desc=desc, leave=False)
@@ -248,9 +249,11 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
     for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
         if set(paths.values()) & set(needed):  # the model is built from the image tower of CLIP
             folder = Path(paths[name])
-            if not (folder / "done").exists():
-                train(folder, args.seed, args.noise_scale)
-                common.write_text(folder / "done", "")
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, common.lock(folder))
+                if not (folder / "done").exists():
+                    train(folder, args.seed, args.noise_scale)
+                    common.write_text(folder / "done", "")
 
 
 # ---------------------------------------------------------------------------------------------------- internal confidence

@@ -30,8 +30,7 @@ LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
 FILLERS = set("a an and as at by for from in is it of on or so that the this to with image picture".split())  # answer nothing
 FLAGS = {
-    "run": {"ckpt": (TEXT, "ppo", "folder of ppo.py, warmup.py or of a base model"), "out": (TEXT, "results", "folder to write")}
-    | RUN_FLAGS,
+    "run": {"ckpt": (TEXT, "ppo", "of ppo.py, warmup.py, or a model"), "out": (TEXT, "results", "folder to write"), **RUN_FLAGS},
     "data": {
         "data": ((*DIGITS, *PUBLISHED), None, "data set (default: the run's)"),
         "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the run's)"),
@@ -157,13 +156,8 @@ def fmt(value: float | None) -> str:
 def table_row(metrics: dict) -> dict[str, str]:
     """{title: cell} of metrics.json, the figures to read first."""
     counts = [metrics["level_histogram"][str(level)] for level in LEVELS]
-    titles = {
-        "ECE↓": "ece",
-        "MECE↓": "mece",
-        "Brier skill↑": "brier_skill",
-        "AUROC↑": "auroc",
-        "AUROC of sentences↑": "auroc_sentence",
-    }
+    titles = {"ECE↓": "ece", "MECE↓": "mece", "Brier skill↑": "brier_skill", "AUROC↑": "auroc"}
+    titles["AUROC of sentences↑"] = "auroc_sentence"
     row = {title: fmt(metrics[name]) for title, name in titles.items()} | {p: fmt(metrics[p]["auroc_sentence"]) for p in PARTS}
     row |= {title: fmt(metrics[name]) for title, name in (("Acc↑", "accuracy"), ("F1↑", "f1"), ("coverage", "coverage"))}
     row["best constant"] = f"{fmt(metrics['mece_constant'])} (level {metrics['mece_constant_level']})"

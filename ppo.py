@@ -45,12 +45,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, RUN_FLAGS, SHARE, TEXT, TRAINING_FLAGS, conf
+from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, conf
 
 FLAGS = {
-    "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write")}
-    | RUN_FLAGS
-    | TRAINING_FLAGS,
+    "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write"), **TRAINING_FLAGS},
     "reward (eq. 13)": {
         "alpha": (NOT_NEGATIVE, 1.0, "weight of R_KA; 0 is the ablation w/o R_KA"),
         "beta": (NOT_NEGATIVE, 1.0, "weight of R_EC; 0 is the ablation w/o R_EC"),
@@ -172,11 +170,8 @@ class Judge:
         texts = [[step.text for step in steps] for steps in roll.steps]
         matched = self.matcher(texts, [common.reference_chain(record) for record in roll.records])
         raw = common.uncertainties(roll.records, roll.responses, roll.steps, roll.logprob, roll.entropy, self.clip, self.similarity)
-        judged = []
-        for row in range(len(roll.records)):
-            levels = common.to_level(common.fuse(raw[row], self.confidence), self.confidence)
-            judged.append((matched[row].any(1), np.array([conf(level) for level in levels])))
-        return judged
+        levels = [common.to_level(common.fuse(values, self.confidence), self.confidence) for values in raw]
+        return [(matches.any(1), conf(internal)) for matches, internal in zip(matched, levels, strict=True)]
 
 
 def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,12 +26,10 @@ import numpy as np
 import torch
 
 import common
-from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, RUN_FLAGS, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
+from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
 FLAGS = {
-    "run": {"estimate": (TEXT, "estimate", "folder that estimate.py wrote"), "out": (TEXT, "warmup", "folder to write")}
-    | RUN_FLAGS
-    | TRAINING_FLAGS,
+    "run": {"estimate": (TEXT, "estimate", "what estimate.py wrote"), "out": (TEXT, "warmup", "folder to write"), **TRAINING_FLAGS},
     "data": {
         "layout": (("each", "after", "once"), "each", "a statement after each sentence, all behind the chain, or one in all"),
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),

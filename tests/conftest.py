@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -34,8 +35,14 @@ def reader():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    builders.build_digits_world(folder)
+    """The digits world, the same for all workers: the first builds it, the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, common.lock(folder))
+        if not (folder / "done").exists():
+            builders.build_digits_world(folder)
+            (folder / "done").touch()
     return folder
 
 

@@ -224,7 +224,7 @@ def test_a_planted_reward_is_learned(models, records, args, reader, alone):
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.minibatches, args.kl_coef = 12, 36, 6e-4, 2, 2, 0.01
     optimizers = ppo.make_optimizers(models, args)
     history = []
-    for step in range(24):
+    for step in range(12):
         history.append(ppo.train_update(models, optimizers, reader, judge_all_right, records, args, step, step == 0, alone))
     shares = [h["level_5"] for h in history]
     assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares

@@ -32,38 +32,14 @@ def two(cache, tmp_path_factory):
     flags = ["--limit", "17", "--batch-size", "6", "--max-new-tokens", "30", "--cache", str(cache), "--device", "cpu", "--out"]
     estimate.main([*flags, str(folder / "e1")])
     run_two("estimate.py", *flags, str(folder / "e2"))
-    flags = [
-        "--estimate",
-        str(folder / "e1"),
-        "--epochs",
-        "6",
-        "--batch-size",
-        "8",
-        "--save-every",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-    ]
+    flags = f"--estimate {folder}/e1 --epochs 6 --batch-size 8 --save-every 4 --device cpu --out".split()
     warmup.main([*flags, str(folder / "w1")])
     run_two("warmup.py", *flags, str(folder / "w2"))
     flags = ["--updates", "1", "--value-updates", "0", "--batch-size", "4", "--generate-batch", "6", "--minibatches", "1"]
     flags += ["--epochs", "1", "--max-new-tokens", "30", "--device", "cpu", "--ckpt", str(folder / "w1"), "--out"]
     ppo.main([*flags, str(folder / "p1")])
     run_two("ppo.py", *flags, str(folder / "p2"))
-    flags = [
-        "--ckpt",
-        str(folder / "w1"),
-        "--limit",
-        "7",
-        "--batch-size",
-        "3",
-        "--max-new-tokens",
-        "30",
-        "--device",
-        "cpu",
-        "--out",
-    ]
+    flags = f"--ckpt {folder}/w1 --limit 7 --batch-size 3 --max-new-tokens 30 --device cpu --out".split()
     evaluate.main([*flags, str(folder / "r1")])
     run_two("evaluate.py", *flags, str(folder / "r2"))
     return folder

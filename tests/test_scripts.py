@@ -1,5 +1,6 @@
 """The shipped scripts, each on a tiny setting, as a user runs them."""
 
+import errno
 import fcntl
 import importlib
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -465,6 +467,37 @@ def test_two_runs_on_one_folder(runs, capsys):
     held = os.open(runs["ppo"], os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who finds it finished, does not keep others out
     os.close(held)
+
+
+def test_two_runs_on_one_cache(tmp_path, monkeypatch, capsys):
+    """Who comes second waits, and finds what the first has drawn and trained."""
+    trained = []
+    for name in ("train_digits_clip", "train_digits_model"):
+        monkeypatch.setattr(estimate, name, lambda folder, *_: trained.append(folder.name))
+    world = estimate.parse_args(["--cache", str(tmp_path)])
+    needed = list(estimate.digits_paths(world.cache, 0, 1.0).values())
+    drawn = Path(common.digits_data("digits", "test", 1, tmp_path)[0]["image"])
+    for folder, make in (
+        (drawn.parent, lambda: common.digits_data("digits", "test", 1, tmp_path)),
+        (Path(needed[0]), lambda: estimate.build_digits_world(world, needed)),
+    ):
+        held = common.lock(folder)
+        second = threading.Thread(target=make, daemon=True)
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and not trained
+        os.close(held)
+        second.join(60)
+        assert not second.is_alive()
+    estimate.build_digits_world(world, needed)
+    assert trained == ["clip", "model"]
+
+    def no_locks(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on NFS
+    common.digits_data("digits", "test", 1, tmp_path)
+    assert "locks no folders (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
