@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from tqdm import tqdm
 
 import common
@@ -71,7 +70,11 @@ FLAGS = {
 
 def find_problems(args: argparse.Namespace) -> list:
     blind, given = args.levels == "calibrated" and args.responses, args.responses
+    unknown = args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
+    measured = [name for name in ("limit", "data_dir", "model", "clip", "matcher", "similarity") if getattr(args, name) is not None]
     return [
+        unknown and f"--clip {args.clip} is neither a folder nor NAME/TAG",
+        args.relevel and measured and f"--relevel takes what is measured already, whatever --{measured[0].replace('_', '-')} says",
         not any(args.weights) and "--weights must not be all 0",
         blind and "--levels calibrated needs reference chains, which given responses lack",
         given and args.relevel and "--relevel takes measured responses, --responses measures others",
@@ -139,7 +142,7 @@ def build_digits_clip(folder: Path):
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
-def to_llava_vision(visual: torch.nn.Module) -> dict[str, Tensor]:
+def to_llava_vision(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
     weights, names = {}, {"class_embedding": "embeddings.class_embedding", "conv1": "embeddings.patch_embedding"}
     names |= {"positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
@@ -179,14 +182,14 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
     tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
 
-    def encode_images(images: Sequence[np.ndarray]) -> Tensor:
+    def encode_images(images: Sequence[np.ndarray]) -> torch.Tensor:
         return model.encode_image(torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1)
 
-    def reading_loss(images, records) -> Tensor:
+    def reading_loss(images, records) -> torch.Tensor:
         labels = torch.tensor([[int(sentence[-2]) for sentence in record["reference"]["image"]] for record in records])
         return F.cross_entropy(head(encode_images(images)).view(-1, 10), labels.view(-1))
 
-    def pairing_loss(images, records) -> Tensor:
+    def pairing_loss(images, records) -> torch.Tensor:
         truths = [record["reference"]["image"] for record in records]
         captions = list(dict.fromkeys(sentence for truth in truths for sentence in truth))
         target = torch.tensor([[float(caption in truth) for caption in captions] for truth in truths])  # (images, captions)
@@ -225,7 +228,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     model.model.vision_tower.requires_grad_(False)
     vlm, rng = common.make_vlm(model, processor), np.random.default_rng(seed)
 
-    def loss_of(images, records) -> Tensor:
+    def loss_of(images, records) -> torch.Tensor:
         ids, read = zip(*(taught_chain(record, processor.tokenizer, rng) for record in records), strict=True)
         records = [record | {"image": common.to_image(image)} for record, image in zip(records, images, strict=True)]
         batch = common.collate(vlm, records, ids)
@@ -341,7 +344,6 @@ def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
     common.save_figure(path, figure)
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
 def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The setup, which is handed from stage to stage, and the questions to answer, or the lines to give other levels."""
     if args.relevel:
@@ -400,14 +402,13 @@ def main(argv: list[str] | None = None) -> None:
                 sentence["consistency"] = float(share)
         return lines
 
-    lines = common.answer_in_batches(run, records, args.batch_size, "partial.jsonl", answer)
+    lines = common.answer_in_batches(run, records, args.batch_size, "responses.jsonl", answer)
     if run.accelerator.is_main_process:
         confidence = assign_levels(lines, args)
         common.write_json(run.out / "confidence.json", confidence)
         summarize(lines)
         plot_confidence(run.out / "confidence.png", lines, confidence)
         common.write_jsonl(run.out / "responses.jsonl", lines)
-        (run.out / "partial.jsonl").unlink()
     run.finish()
 
 

@@ -206,8 +206,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro mark(good, yes, no) %}<b class="{{ 'yes' if good else 'no' }}" role="img"
 aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>{% endmacro %}
-{% macro card(p, picture, judged) %}
-<article class="card"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
+{% macro card(p, picture, judged) %}<article class="card"><header><small>{{ p.id }}</small><h2>{{ p.question }}</h2>
 {% if p.choices %}<p class="soft">Choices: {{ p.choices | join(" · ") }}</p>{% endif %}</header>
 <div>{% if picture %}<img class="{{ picture.kind }}" alt="image of the question" src="{{ picture.uri }}">
 {% else %}<p class="soft">no image at {{ p.image }}</p>{% endif %}</div>
@@ -221,8 +220,7 @@ aria-label="{{ yes if good else no }}">{{ "✓" if good else "✗" }}</b>{% endm
 {% if judged %}<div>{% for part in p.reference %}<h3>Reference, {{ part }}</h3><ul>{% for text in p.reference[part] %}
 <li>{{ mark(p.covered[part][loop.index0], "covered", "not covered") }} {{ text }}</li>{% endfor %}</ul>{% endfor %}</div>{% endif %}
 </article>{% endmacro %}
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
 body { margin: 0 auto; padding: 1rem; max-width: 1180px; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h2, h3, ol, ul { font-size: 1rem; margin: 0; padding: 0; list-style: none } small, .soft { color: #5a6472 }
@@ -331,7 +329,6 @@ def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
     return scores
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
     ckpt = Path(args.ckpt)
@@ -375,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
         print(format_table({str(args.ckpt): metrics}))
         if args.bars:
-            metrics["internal"] = internal_rows(bars, common.read_json(confidence))
+            metrics["internal"] = internal_rows(bars, common.read_object(confidence, "weights", "fuse", "min", "max", "edges"))
             print(f"\n{'the bars, of what the base model wrote':40s} AUROC  image  reasoning  Brier skill  MECE")
             for name, row in metrics["internal"].items():
                 cells = row if isinstance(row, dict) else {"auroc": row}

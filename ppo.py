@@ -302,14 +302,12 @@ def fit_value(head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns
     return float(np.mean(losses))
 
 
-def train_update(
-    models: Models, optimizers: dict, reader, judge: Judge, questions: list[dict], args, seed: int, value_only: bool, accelerator
-) -> dict:
+def train_update(models: Models, optimizers: dict, reader, judge: Judge, questions, args, seed, value_only, accelerator) -> dict:
     """One round of PPO -> a line of log.jsonl. Processes share the questions; what normalises is counted over all of them."""
     # 1. sample responses
     began, device = time.time(), models.policy.model.device
-    first = len(questions) * accelerator.process_index // accelerator.num_processes * args.samples
-    roll = rollout(models, reader, common.share(accelerator, questions), args, seed, first)
+    with accelerator.split_between_processes(questions) as mine:
+        roll = rollout(models, reader, mine, args, seed, accelerator.process_index * len(mine) * args.samples)
     sampled = time.time()
 
     # 2. judge their sentences, reward their tokens; leaving the warm-up policy costs
@@ -360,7 +358,6 @@ def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, 
     return stats | {"auroc": common.auroc([level for level, _ in said], [ok for _, ok in said])}
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
 def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
     """The warm-up policy to train, its frozen reference and a new value head (or the saved one of a PPO checkpoint)."""
     torch.manual_seed(args.seed)
@@ -390,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
     questions = common.read_finished(ckpt, "sft.jsonl")
-    confidence = common.read_object(ckpt / "confidence.json", "weights", "min", "max", "edges")
+    confidence = common.read_object(ckpt / "confidence.json", "weights", "fuse", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problem = "R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"
     common.usage_error(*common.cannot_train(ckpt, args), blind and problem)

@@ -87,11 +87,12 @@ def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro
     ids = common.response_ids(vlm, texts, [record.get("finished", True) for record in records])
     n_tokens, loss_sum = sum(map(len, ids)), torch.zeros((), device=vlm.model.device)
     optimizer.zero_grad()
-    for part in common.chunks(common.share(accelerator, list(zip(records, ids, strict=True))), micro_batch):
-        batch = common.collate(vlm, *zip(*part, strict=True))
-        loss = common.sft_loss(vlm, batch) * batch.mask.sum() / n_tokens  # eq. 9
-        loss.backward()
-        loss_sum += loss.detach()
+    with accelerator.split_between_processes(list(zip(records, ids, strict=True))) as mine:
+        for part in common.chunks(mine, micro_batch):
+            batch = common.collate(vlm, *zip(*part, strict=True))
+            loss = common.sft_loss(vlm, batch) * batch.mask.sum() / n_tokens  # eq. 9
+            loss.backward()
+            loss_sum += loss.detach()
     common.sum_gradients(accelerator, vlm.model)
     norm = torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
     optimizer.step()

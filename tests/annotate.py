@@ -164,6 +164,7 @@ def annotate(records: list[dict], args: argparse.Namespace) -> None:
     records = common.usable(records, ("image", "question", "answer"), args.allow_bad_records)
     records = list({record["id"]: record for record in records}.values())
     run = common.Run("annotate", args, {"data": args.data}, free=("concurrency", "price", "limit"))  # never finished: more may come
+    run.begin()
     path, annotator, pool = run.out / "annotations.jsonl", Annotator(args.model), ThreadPoolExecutor(args.concurrency)
     rows, tally = {row["question_id"]: row for row in common.read_jsonl(path)}, annotator.tally
     common.write_jsonl(path, list(rows.values()))  # without a last line cut short

@@ -44,7 +44,7 @@ def runs(cache, tmp_path_factory):
 def test_estimate(runs):
     lines = common.read_jsonl(runs["estimate"] / "responses.jsonl")
     confidence = common.read_json(runs["estimate"] / "confidence.json")
-    assert len(lines) == 24 and not (runs["estimate"] / "partial.jsonl").exists()
+    assert len(lines) == 24
     assert set(lines[0]) == {"id", "image", "question", "answer", "choices", "reference", "response", "finished", "sentences"}
     sentences = [s for line in lines for s in line["sentences"]]
     names = {"text", "start", "end", "part", "n_tokens", "lnlp", "mte", "tokensar", "clip", "u", "level", "correct"}
@@ -83,12 +83,12 @@ def test_interrupted_estimate_continues(runs, cache, tmp_path, capsys):
             estimate.main(args)
     finally:
         common.measure = original
-    partial = tmp_path / "e" / "partial.jsonl"
+    partial = tmp_path / "e" / "responses.jsonl"
     answered = common.read_jsonl(partial)
     common.write_jsonl(partial, [line | {"id": f"other {line['id']}"} for line in answered])
     with pytest.raises(SystemExit):  # never mixed with answers to other questions
         estimate.main(args)
-    assert "partial.jsonl has answers to other questions" in capsys.readouterr().err
+    assert "responses.jsonl has answers to other questions" in capsys.readouterr().err
     common.write_jsonl(partial, answered)
     with open(partial, "a") as file:
         file.write('{"id": "cut sho')  # as a killed process leaves it
@@ -333,10 +333,16 @@ def test_lora_adapter(runs, tmp_path):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        ("estimate.py", "--limit 0", "--limit must be positive"),
+        ("estimate.py", "--limit 0", "--limit must be 1 to"),
         ("estimate.py", "--weights 0 0 0 0", "--weights must not be"),
         ("estimate.py", "--data imagenet", "invalid choice"),
         ("estimate.py", "--responses nowhere.jsonl", "no such file: nowhere.jsonl"),
+        ("estimate.py", "--clip nowhere", "--clip nowhere is neither a folder nor NAME/TAG"),
+        ("estimate.py", "--relevel tests --limit 9", "--relevel takes what is measured already, whatever --limit says"),
+        ("estimate.py", "--relevel=", "--relevel must be text"),
+        ("estimate.py", "--device meta", "--device must be cpu, cuda"),
+        ("ppo.py", "--lr 1e39", "--lr must be positive, at most 1000000"),
+        ("ppo.py", "--ckpt p\udcff", "--ckpt must be text"),
         ("warmup.py", "--estimate nowhere", "no such folder: nowhere/"),
         ("warmup.py", "--explore 2 --lr -1", "--explore must lie between 0 and 1; --lr must be positive"),
         ("ppo.py", "--ckpt tests", "tests/ is not a finished run"),
@@ -378,7 +384,7 @@ def test_another_runs_folder_is_not_touched(runs, cache, capsys):
 def test_what_would_spoil_a_run(runs, tmp_path, capsys):
     """A folder that is read is not overwritten, and 4-bit weights are not trained without an adapter."""
     for main, source in ((warmup.main, ["--estimate", str(runs["estimate"])]), (ppo.main, ["--ckpt", str(runs["warmup"])])):
-        problems = {"lies in a folder that is read": ["--out", source[1], "--overwrite"]}
+        problems = {"lies in what is read": ["--out", source[1], "--overwrite"]}
         problems["trains an adapter only"] = ["--out", str(tmp_path / "q"), "--load-in-4bit"]
         for message, flags in problems.items():
             before = sorted(Path(source[1]).iterdir())
@@ -432,6 +438,61 @@ def test_folders_that_hold_or_are_held(runs, tmp_path, capsys):
         for main in (ppo.main, evaluate.main):
             assert "is, holds or lies in" in code_and_line(capsys, main, "--ckpt", runs["warmup"], "--out", out, "--overwrite")
     assert sorted(parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--model", "--clip", "--cache", "--responses"])
+def test_what_else_is_read_is_not_deleted(flag, runs, cache, tmp_path, capsys):
+    """Neither a model nor a cache, nor a file of responses, that lies in the folder to write."""
+    shutil.copytree(runs["results"], tmp_path / "r")
+    held = tmp_path / "r" / "held"
+    shutil.copytree(runs["estimate"], held)
+    held = held / "responses.jsonl" if flag == "--responses" else held
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--out", tmp_path / "r", "--overwrite", "--limit", "3", *(["--cache", cache] * (flag != "--cache"))]
+    line = code_and_line(capsys, estimate.main, flag, held, *flags)
+    assert f"is, holds or lies in what is read, {held}" in line and set(before) <= {*tmp_path.rglob("*")}
+
+
+def test_overwriting_waits_for_good_arguments(runs, tmp_path, capsys):
+    """Data that is not there, layers that no model has, a damaged pool: what the folder holds stays; then it goes, whole."""
+    for stage in ("warmup", "results"):
+        shutil.copytree(runs[stage], tmp_path / stage)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = ["--ckpt", runs["ppo"], "--out", tmp_path / "results", "--overwrite"]
+    code_and_line(capsys, evaluate.main, *flags, "--data", "aokvqa", "--data-dir", tmp_path / "nowhere")
+    flags = ["--estimate", runs["estimate"], "--out", tmp_path / "warmup", "--overwrite", "--lora-rank", "4"]
+    assert "no layer that matches" in code_and_line(capsys, warmup.main, *flags, "--lora-targets", "nothing")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "results" / "old.json").write_text("{}")
+    flags = ["--ckpt", str(runs["ppo"]), "--limit", "2", "--max-new-tokens", "9", "--out", str(tmp_path / "results")]
+    evaluate.main([*flags, "--overwrite"])
+    assert not (tmp_path / "results" / "old.json").exists()
+    assert len(common.read_jsonl(tmp_path / "results" / "predictions.jsonl")) == 2
+
+
+def test_a_damaged_run_is_not_taken_for_finished(runs, tmp_path, capsys):
+    shutil.copytree(runs["results"], tmp_path / "r")
+    flags = ["--ckpt", str(runs["ppo"]), "--limit", "12", "--max-new-tokens", "60", "--out", str(tmp_path / "r")]
+    evaluate.main(flags)
+    assert "already holds this run" in capsys.readouterr().out
+    (tmp_path / "r" / "metrics.json").unlink()
+    assert "damaged or was edited since its run ended" in code_and_line(capsys, evaluate.main, *flags)
+
+
+def test_nothing_is_measured_again_after_the_last_file(runs, cache, tmp_path, monkeypatch):
+    """Killed before the finish mark, an estimate ends with the same bytes, and no whole batch is measured again."""
+    shutil.copytree(runs["estimate"], tmp_path / "e")
+    (tmp_path / "e" / "done").unlink()
+    last, original = 24 % 10, common.measure  # the last batch is not whole: it alone is measured again
+
+    def measure(vlm, batch, *others):
+        assert len(batch) == last
+        return original(vlm, batch, *others)
+
+    monkeypatch.setattr(common, "measure", measure)
+    estimate.main(["--limit", "24", "--batch-size", "10", "--cache", str(cache), "--out", str(tmp_path / "e")])
+    for name in ("responses.jsonl", "confidence.json", "done"):
+        assert (tmp_path / "e" / name).read_bytes() == (runs["estimate"] / name).read_bytes()
 
 
 def test_overwriting_does_not_follow_links(runs, tmp_path):
@@ -500,12 +561,15 @@ def test_two_runs_on_one_cache(tmp_path, monkeypatch, capsys):
     assert "locks no folders (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", "a byte", None])
 def test_a_damaged_checkpoint(runs, tmp_path, damage):
     """The one before is used, and the run ends as it would have; without any it starts over."""
     shutil.copytree(runs["ppo"], tmp_path / "p")
     for name in ("done", "model.safetensors", "value_head.safetensors"):
         (tmp_path / "p" / name).unlink()
+    if damage == "a byte":
+        damage = bytearray((tmp_path / "p" / "trainer_state.pt").read_bytes())
+        damage[len(damage) // 2] ^= 1
     (tmp_path / "p" / "trainer_state.pt").write_bytes(damage or b"")
     if damage is None:
         (tmp_path / "p" / "trainer_state.pt.before").unlink()
@@ -522,6 +586,28 @@ def test_a_run_that_goes_astray_stops(runs, tmp_path, monkeypatch, capsys, flags
     line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO, *flags)
     assert f"astray at step 1: {next(iter(row))} = " in line and not (tmp_path / "p" / "done").exists()
     assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == torch.load(tmp_path / "p" / "trainer_state.pt")["step"] == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(runs, tmp_path, monkeypatch, capsys):
+    """The last update of a run is seen by no later loss."""
+    original = ppo.train_update
+
+    def spoil(models, *others):
+        row = original(models, *others)
+        next(iter(models.value_head.parameters())).data.fill_(math.nan)
+        return row
+
+    monkeypatch.setattr(ppo, "train_update", spoil)
+    line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO)
+    assert "weights are not finite" in line and not (tmp_path / "p" / "trainer_state.pt").exists()
+
+
+def test_a_log_that_is_gone(runs, tmp_path, capsys):
+    shutil.copytree(runs["ppo"], tmp_path / "p")
+    for name in ("done", "log.jsonl"):
+        (tmp_path / "p" / name).unlink()
+    line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO)
+    assert "log.jsonl is damaged: 0 lines of 2 steps" in line
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": 1}'])
@@ -582,6 +668,11 @@ def test_a_fingerprint_sees_every_byte_of_the_results(tmp_path):
     before = common.fingerprint(tmp_path)
     common.write_jsonl(tmp_path / "responses.jsonl", [{"text": "x" * 2_000_000, "level": 5}])
     assert common.fingerprint(tmp_path) != before
+    prints = set()
+    for text in ("one", "two"):
+        (tmp_path / "given.txt").write_text(text)
+        prints.add(common.fingerprint(tmp_path / "given.txt"))
+    assert len(prints) == 2
 
 
 def test_a_stopped_script(runs, tmp_path):
