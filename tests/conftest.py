@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 import pytest
+import torch
 from accelerate import Accelerator
 
 import common
@@ -41,7 +42,10 @@ def cache(tmp_path_factory):
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, common.lock(folder))
         if not (folder / "done").exists():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(os.cpu_count())
             builders.build_digits_world(folder)
+            torch.set_num_threads(threads)
             (folder / "done").touch()
     return folder
 

@@ -341,7 +341,7 @@ def test_lora_adapter(runs, tmp_path):
         ("estimate.py", "--relevel tests --limit 9", "--relevel takes what is measured already, whatever --limit says"),
         ("estimate.py", "--relevel=", "--relevel must be text"),
         ("estimate.py", "--device meta", "--device must be cpu, cuda"),
-        ("ppo.py", "--lr 1e39", "--lr must be positive, at most 1000000"),
+        ("ppo.py", "--lr 1e39", "--lr must be positive, at most 1e9"),
         ("ppo.py", "--ckpt p\udcff", "--ckpt must be text"),
         ("warmup.py", "--estimate nowhere", "no such folder: nowhere/"),
         ("warmup.py", "--explore 2 --lr -1", "--explore must lie between 0 and 1; --lr must be positive"),
