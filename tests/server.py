@@ -57,7 +57,7 @@ collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  
 class Server:
     """The client of a server that knows a model, by the name that the scripts use, and takes adapters of it."""
 
-    def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
+    def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.05, name: str | None = None, patience=900.0):
         """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
         self.url, self.max_mismatch, self.apart, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--served-model", metavar="NAME", help="what the server calls the model (default: as here)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for an answer, all tries together")
-    parser.add_argument("--max-mismatch", type=float, default=0.1, help="nats a token, beyond which it is another model")
+    parser.add_argument("--max-mismatch", type=float, default=0.05, help="nats a token, beyond which it is another model")
     parser.add_argument("--copy", nargs=2, metavar=("MODEL", "FOLDER"), help="copy a model for vLLM, and do nothing else")
     parser.add_argument("script", nargs="?", choices=["estimate.py", "evaluate.py", "ppo.py"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
