@@ -62,7 +62,7 @@ NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level w
 INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
-LOCKS: dict[Path, int] = {}  # of the folders that this process works on
+LOCKS: dict[Path, contextlib.ExitStack] = {}  # of the folders that this process works on
 NEW: set[Path] = set()  # those that it made
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
@@ -252,11 +252,8 @@ class Run:
             places = {name: resolved[name] for name in INPUTS if resolved.get(name) and os.path.exists(resolved[name])}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
             used = {path for of in (setup, vars(args)) for name in PLACES if os.path.exists(path := of.get(name) or "")}
-            self._take_folder(json.loads(json.dumps(resolved)), places.values(), used, args.overwrite)
-            git, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
-            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup, "commit": commit, "versions": versions}
+            self._take_folder(json.loads(json.dumps(resolved)), places.values(), used)
+            self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
         self.finished = self.begun = (self.out / "done").exists() and not args.overwrite
         if self.finished and self.accelerator.is_main_process:
@@ -265,7 +262,7 @@ class Run:
         elif tracker:
             self.accelerator.init_trackers(stage, {name: str(value) for name, value in vars(args).items()})
 
-    def _take_folder(self, resolved: dict, inputs: Iterable[str], used: Iterable[str], overwrite: bool) -> None:
+    def _take_folder(self, resolved: dict, inputs: Iterable[str], used: Iterable[str]) -> None:
         """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
         out, new = Path(os.path.realpath(self.out)), not os.path.exists(self.out)
         for path, outside in [(path, True) for path in inputs] + [(path, False) for path in used]:
@@ -277,14 +274,14 @@ class Run:
         usage_error(foreign and f"{self.out}/ is not empty and holds no run of this project; choose another --out")
         try:
             if out in LOCKS:
-                os.close(LOCKS.pop(out))  # of an earlier run of this process
+                LOCKS.pop(out).close()  # of an earlier run of this process
             LOCKS[out] = lock(out, fcntl.LOCK_NB)
         except BlockingIOError:
             usage_error(f"another run is at work in {self.out}/")
         except OSError as error:
             usage_error(f"--out {self.out} cannot be written: {error}")
         NEW.update([out] * new)
-        if held and not overwrite:
+        if held and not self.overwrite:
             record = read_object(self.out / "run.json", "args")["args"]
             other = [name for name in {**record, **resolved} if record.get(name) != resolved.get(name)]
             names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
@@ -301,7 +298,10 @@ class Run:
             old = sorted(self.out.iterdir(), key=lambda path: (path.name == "run.json") - (path.name == "done"))
             for path in old if self.overwrite else ():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            write_json(self.out / "run.json", self.record)
+            git, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            write_json(self.out / "run.json", self.record | {"commit": commit, "versions": versions})
         self.accelerator.wait_for_everyone()
 
     def write(self, writer: Callable, name: str, *values) -> None:
@@ -318,20 +318,22 @@ class Run:
 
     def _leave(self) -> None:
         """Let other processes into the folder."""
-        self.write(lambda path: os.close(LOCKS.pop(Path(os.path.realpath(path)))), "")
+        self.write(lambda path: LOCKS.pop(Path(os.path.realpath(path))).close(), "")
 
 
-def lock(folder: Path, how: int = 0) -> int:
+def lock(folder: Path, how: int = 0) -> contextlib.ExitStack:
     """Make a folder and keep others out of it until the result is closed; wait for one that is in it (LOCK_NB: BlockingIOError)."""
     folder.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | how)
-    except BlockingIOError:
-        raise
-    except OSError as error:  # NFS, and others
-        print(f"the file system locks no folders ({error}): keep other runs out of {folder}/")
-    return opened
+    with contextlib.ExitStack() as stack:
+        opened = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, opened)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | how)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # NFS, and others
+            print(f"the file system locks no folders ({error}): keep other runs out of {folder}/")
+        return stack.pop_all()
 
 
 def fingerprint(path: str | Path) -> str:
@@ -528,10 +530,10 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split, as `load_data` gives them, the first n the same for every limit; images go into `cache`."""
     folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
-    with contextlib.ExitStack() as stack:
-        with loading("--cache", cache):
-            stack.callback(os.close, lock(folder))
-        records = []
+    with loading("--cache", cache):
+        locked = lock(folder)
+    records = []
+    with locked:
         for index in range(limit):
             rng = np.random.default_rng([seed, list(POOLS).index(split), DIGITS.index(name), index])
             pixels, record = draw_digits(rng, split, noise_scale=noise_scale, damage=name == "digits-ood")

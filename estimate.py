@@ -17,9 +17,7 @@ Choices beyond the paper
 """
 
 import argparse
-import contextlib
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -252,8 +250,7 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
     for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
         if set(paths.values()) & set(needed):  # the model is built from the image tower of CLIP
             folder = Path(paths[name])
-            with contextlib.ExitStack() as stack:
-                stack.callback(os.close, common.lock(folder))
+            with common.lock(folder):
                 if not (folder / "done").exists():
                     train(folder, args.seed, args.noise_scale)
                     common.write_text(folder / "done", "")

@@ -1,4 +1,3 @@
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 import pytest
-import torch
 from accelerate import Accelerator
 
 import common
@@ -39,13 +37,9 @@ def cache(tmp_path_factory):
     """The digits world, the same for all workers: the first builds it, the others wait."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, common.lock(folder))
+    with common.lock(folder):
         if not (folder / "done").exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(os.cpu_count())
             builders.build_digits_world(folder)
-            torch.set_num_threads(threads)
             (folder / "done").touch()
     return folder
 

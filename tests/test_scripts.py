@@ -547,7 +547,7 @@ def test_two_runs_on_one_cache(tmp_path, monkeypatch, capsys):
         second.start()
         second.join(0.5)
         assert second.is_alive() and not trained
-        os.close(held)
+        held.close()
         second.join(60)
         assert not second.is_alive()
     estimate.build_digits_world(world, needed)
