@@ -348,8 +348,9 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def run_script(main: Callable) -> None:
-    """main() as a script: an interruption or a full disk ends it with one line and the exit code that shells expect."""
+def run_script(main: Callable, **beside: str) -> None:
+    """main() as a script: an interruption or a full disk ends it with one line and the exit code that shells expect. beside: flags
+    that leave the work to the main() of a file in tests/."""
 
     def stop(number, _) -> None:
         print(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
@@ -358,6 +359,10 @@ def run_script(main: Callable) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        for flag, name in beside.items():
+            if any(word.split("=")[0] == f"--{flag.replace('_', '-')}" for word in sys.argv[1:]):
+                sys.path.insert(0, str(Path(__file__).parent / "tests"))
+                main = importlib.import_module(name).main
         main()
     except OSError as error:
         print(f"stopped: {error}; the same command goes on", file=sys.stderr)

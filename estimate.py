@@ -13,6 +13,7 @@ Choices beyond the paper
     python estimate.py                                # the digits world, nothing to download
     python estimate.py --relevel estimate --weights 1 1 1 0 --out no_clip    # w/o U_CLIPScore, on the responses measured above
     python estimate.py --relevel estimate --levels uniform --out uic         # uniform intervals (UIC, Table 7); --fuse max: w U_Max
+    python estimate.py --data aokvqa --server http://localhost:8000    # an inference server samples; --server URL --help
     python estimate.py --data aokvqa --responses chains.jsonl    # measure given responses (id, image, question, response)
 """
 
@@ -410,4 +411,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(main, server="server")

@@ -7,7 +7,11 @@ Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (
 MECE is not a proper score, E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
 Brier, a proper score, and its skill stand beside it.
 
-    python evaluate.py --ckpt ppo/
+    python evaluate.py --ckpt ppo/                    # and, each with flags of its own (--help):
+    python evaluate.py --ckpt ppo/ --bars             # instead, what the untrained model's internal confidence is worth
+    python evaluate.py --ckpt ppo/ --correct 3        # draw doubtful sentences again; votes, selective answers
+    python evaluate.py --table runs/                  # the comparison of what tests/rows.py has run
+    python evaluate.py --human-sheet results/         # human evaluation; --human-scores rater.csv
 """
 
 import argparse
@@ -24,7 +28,7 @@ import numpy as np
 import scipy
 
 import common
-from common import COUNT, DIGITS, ESTIMATORS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
+from common import COUNT, DIGITS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
 
 LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
@@ -38,7 +42,6 @@ FLAGS = {
         "split": (("test", "validation"), "test", "tune on validation, report on test"),
         "limit": (COUNT, 600, None, "number of questions"),
         "consistency": (NATURAL, 0, "levels by agreement among so many sampled responses, not by statements (the baseline SC)"),
-        "bars": (SWITCH, False, "measure the base model's internal confidence on the same questions, too"),
         "noise_scale": (POSITIVE, None, "digits: multiplies the noise of every image (default: the run's)"),
         "cache": (TEXT, None, "where the digits world keeps its images (default: the run's)"),
         "max_new_tokens": (COUNT, 100, 320, "longest response"),
@@ -306,29 +309,6 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
     return predictions
 
 
-# ------------------------------------------------------------------------------------------------- the bars beside a model
-def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
-    """What the base model's internal confidence is worth on the sentences that it wrote itself: the bars that training must clear.
-    LNLP and U_Final as they are (AUROC); in five levels, the levels of U_Final and a logistic regression on the four."""
-    sentences = common.all_sentences(lines)
-    raw = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences])
-    correct, part = (np.array([sentence[name] for sentence in sentences]) for name in ("correct", "part"))
-    u = common.fuse(raw, confidence, np.cumsum([len(line["sentences"]) for line in lines])[:-1])
-    rows, levels = {"base, LNLP": -raw[:, 0], "base, U_Final": -u}, {"base, levels of U_Final": common.to_level(u, confidence)}
-    if "logistic" in confidence:
-        *coefficients, intercept = confidence["logistic"]
-        p = 1 / (1 + np.exp(-common.normalize(raw, confidence) @ np.array(coefficients) - intercept))
-        levels["base, logistic regression"] = 1 + np.rint(4 * p).astype(int)
-    scores = {"base rate": float(correct.mean())}
-    for name, values in (rows | levels).items():
-        scores[name] = {"auroc": auroc(values, correct)} | {p: auroc(values[part == p], correct[part == p]) for p in PARTS}
-        if name in levels:
-            for sentence, level in zip(sentences, values, strict=True):
-                sentence["level"] = int(level)
-            scores[name] |= {"brier_skill": brier_skill((values - 1) / 4, correct), "mece": mece(lines)}
-    return scores
-
-
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
     ckpt = Path(args.ckpt)
@@ -344,8 +324,7 @@ def read_setup(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    setup, confidence = read_setup(args), Path(args.ckpt, "confidence.json")
-    common.usage_error(args.bars and not confidence.exists() and f"--bars needs {confidence}, of warmup.py or ppo.py")
+    setup = read_setup(args)
     common.fill_defaults(args, FLAGS, setup["data"])
     run = common.Run("evaluate", args, setup)
     if run.finished:
@@ -360,27 +339,16 @@ def main(argv: list[str] | None = None) -> None:
         return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed * 1_000_000 + start, args.consistency)
 
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
-    if args.bars:
-        base = common.load_model(setup["model"], args, run.device)
-        clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
-        greedy = lambda prompts: common.generate(base, prompts, 0.0, args.max_new_tokens, 0)  # noqa: E731
-        of_base = lambda batch, _: common.measure(base, batch, greedy, clip, similarity, matcher)  # noqa: E731
-        bars = common.answer_in_batches(run, records, args.batch_size, "base.jsonl", of_base)
     if run.accelerator.is_main_process:
         metrics = compute_metrics(predictions)
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
         print(format_table({str(args.ckpt): metrics}))
-        if args.bars:
-            metrics["internal"] = internal_rows(bars, common.read_object(confidence, "weights", "fuse", "min", "max", "edges"))
-            print(f"\n{'the bars, of what the base model wrote':40s} AUROC  image  reasoning  Brier skill  MECE")
-            for name, row in metrics["internal"].items():
-                cells = row if isinstance(row, dict) else {"auroc": row}
-                print(f"{name:40s}" + "  ".join(fmt(cells.get(key)) for key in ("auroc", *PARTS, "brier_skill", "mece")))
-            metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         common.write_json(run.out / "metrics.json", metrics)
     run.finish()
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(
+        main, server="server", table="rows", bars="bars", correct="correct", human_sheet="human", human_scores="human"
+    )

@@ -26,6 +26,7 @@ Choices beyond the paper
 
     python ppo.py --ckpt warmup/
     python ppo.py --ckpt warmup/ --beta 0             # the ablation w/o R_EC (likewise --alpha 0, --gamma 0)
+    python ppo.py --ckpt warmup/ --server http://localhost:8000    # an inference server samples; --server URL --help
 """
 
 import argparse
@@ -421,4 +422,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(main, server="server")

@@ -1,12 +1,13 @@
 """The stated confidence put to use at inference: self-correction, against votes over sampled chains at equal tokens.
 
-    python tests/correct.py --ckpt ppo/ --split validation --level 3 --candidates 3 --budget 2 3 5 --out corrected/
-    python tests/correct.py --ckpt ppo/ --data digits-ood --out corrected_ood/
+    python evaluate.py --correct 3 --ckpt ppo/ --split validation --candidates 3 --budget 2 3 5 --out corrected/
+    python evaluate.py --correct 3 --ckpt ppo/ --data digits-ood --out corrected_ood/
 
-1. Self-correction: the model answers greedily. The first sentence whose stated level is at or below --level is drawn again behind
-   the tokens before it, --candidates times at temperature 1, each until its statement ends. The one stated most confidently is
-   kept, if more so than what stands there, and completed greedily; on to the next doubtful sentence, none is looked at twice. The
-   same sentence with more confidence is no correction: it would leave every error, and state it more confidently.
+1. Self-correction: the model answers greedily. The first sentence whose stated level is at or below that of --correct is drawn
+   again behind the tokens before it, --candidates times at temperature 1, each until its statement ends. The one stated most
+   confidently is kept, if more so than what stands there, and completed greedily; on to the next doubtful sentence, none is
+   looked at twice. The same sentence with more confidence is no correction: it would leave every error, and state it more
+   confidently.
 2. Votes: N chains at temperature 1. An answer has the weight of the chains that name it: 1 each (majority, Wang et al. 2023) or a
    chain's confidence: that of its last sentence, the minimum or the product over its sentences. No statement is confidence 0.
 3. Selective answering: accuracy at coverage, by a chain's confidence, or the winner's weight over N.
@@ -45,13 +46,13 @@ BUDGETS = Kind(float, lambda x: 1 <= x < math.inf, "must be at least 1", "+")
 FLAGS = {
     "run": {"ckpt": evaluate.FLAGS["run"]["ckpt"], "out": (TEXT, "corrected", "folder to write")} | RUN_FLAGS,
     "method": {
-        "level": (LEVEL, 3, "draw again what is said at or below this level"),
+        "correct": (LEVEL, 3, "draw again what is said at or below this level"),
         "candidates": (COUNT, 3, "for a doubtful sentence, at most"),
         "budget": (BUDGETS, [2.0, 3.0, 5.0], "times the tokens of the greedy response, at most"),
         "samples": (COUNT._replace(nargs="+"), [1, 2, 3, 5, 10], "chains of a vote"),
         "weight": (tuple(WEIGHTS)[1:], "product", "a chain's confidence in the table and the picture; correct.json has all"),
     },
-    "data": {name: flag for name, flag in evaluate.FLAGS["data"].items() if name not in ("consistency", "bars")},
+    "data": {name: flag for name, flag in evaluate.FLAGS["data"].items() if name != "consistency"},
 }
 parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
 
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             line |= {"greedy": greedy[i].record(), "sampled": [of[i].record() for of in sampled], "corrected": []}
         for budget in args.budget:
             rows = zip(batch, greedy, strict=True)
-            jobs = [correct(tools, record, chain, args.level, args.candidates, budget) for record, chain in rows]
+            jobs = [correct(tools, record, chain, args.correct, args.candidates, budget) for record, chain in rows]
             for line, (kept, spent, seen) in zip(lines, run_jobs(tools, batch, jobs, seed), strict=True):
                 line["corrected"].append(kept.record() | {"n_tokens": spent, "ceiling": any(chain.right for chain in seen)})
         return lines
@@ -281,7 +282,3 @@ def main(argv: list[str] | None = None) -> None:
         print(make_table(shown))
         plot(run.out / "correct.png", shown)
     run.finish()
-
-
-if __name__ == "__main__":
-    common.run_script(main)

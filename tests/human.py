@@ -1,11 +1,11 @@
 """Human evaluation (sec. 4.3; Table 2, Figure 7): a blind sheet for raters, and what their scores say.
 
-    python tests/human.py sheet SaySelf=runs/seed0/results/sayself-digits runs/seed0/results/mmboundary-digits --out sheet
-    python tests/human.py scores sheet rater1.csv rater2.csv rater3.csv
+    python evaluate.py --human-sheet SaySelf=runs/seed0/results/sayself-digits runs/seed0/results/mmboundary-digits --out sheet
+    python evaluate.py --human-scores rater1.csv rater2.csv rater3.csv --out sheet
 
-`sheet` draws --entries questions, the same of every results folder, and writes sheet.html (from human.html), the page for raters,
-which needs no network and no other file, and key.json, which they do not get: whose response each entry is. `scores` reads their
-files back, prints means and Cohen's kappa, and draws scores.png beside the sheet. Choices beyond the paper:
+--human-sheet draws --entries questions, the same of every results folder, and writes sheet.html (from human.html), the page for
+raters, which needs no network and no other file, and key.json, which they do not get: whose response each entry is. --human-scores
+reads their files back, prints means and Cohen's kappa, and draws scores.png beside the sheet. Choices beyond the paper:
 1. Raters read the response as the model wrote it, not as it was parsed: one statement for a whole response stands there once.
 2. The interval of Avg. is 95% (t) over questions, each with its mean over raters and criteria: scores of one question go together.
 3. Kappa has quadratic weights over the whole scale (9 for 10 is no full disagreement); that without weights stands beside it.
@@ -177,27 +177,20 @@ def report_scores(sheet: Path, raters: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = parser.add_subparsers(dest="mode", required=True)
-    sheet = modes.add_parser("sheet", help="write a blind sheet")
-    sheet.add_argument(
-        "results", nargs="+", metavar="[NAME=]FOLDER", help="what evaluate.py wrote; the name is the folder's, or NAME"
-    )
-    sheet.add_argument("--entries", type=int, default=50, help="number of questions (default: 50)")
-    sheet.add_argument("--seed", type=int, default=0, help="of the questions and their order (default: 0)")
-    sheet.add_argument("--out", type=Path, default=Path("sheet"), help="folder to write (default: sheet)")
-    scores = modes.add_parser("scores", help="read the raters' files back")
-    scores.add_argument("sheet", type=Path, help="the folder with key.json")
-    scores.add_argument("raters", nargs="+", metavar="CSV", help="a file a rater")
+    parser.error = common.usage_error
+    mode = parser.add_mutually_exclusive_group(required=True)
+    results = "write a blind sheet from what evaluate.py wrote; a system's name is the folder's, or NAME"
+    mode.add_argument("--human-sheet", nargs="+", metavar="[NAME=]FOLDER", help=results)
+    mode.add_argument("--human-scores", nargs="+", metavar="CSV", help="read the raters' files back, one each")
+    parser.add_argument("--entries", type=int, default=50, help="number of questions (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions and their order (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("sheet"), help="folder of the sheet and its key (default: sheet)")
     args = parser.parse_args(argv)
-    if args.mode == "scores":
-        return report_scores(args.sheet, args.raters)
-    parts = [text.rpartition("=") for text in args.results]
+    if args.human_scores:
+        return report_scores(args.out, args.human_scores)
+    parts = [text.rpartition("=") for text in args.human_sheet]
     folders = {name or Path(folder).resolve().name: Path(folder) for name, _, folder in parts}
     problems = ["--entries must be positive"] * (args.entries < 1)
     problems += ["two folders have the same name; write NAME=FOLDER"] * (len(folders) < len(parts))
     common.usage_error(*problems)
     write_sheet(folders, args.entries, args.seed, args.out)
-
-
-if __name__ == "__main__":
-    common.run_script(main)

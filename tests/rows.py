@@ -60,7 +60,7 @@ ROWS = {
     "Conf-CSR": ("csr", "", (0.408, 0.437, 0.785, 0.618, 0.472, 0.513, 0.435, 0.582)),
     "RCE": ("rce", "", (0.361, 0.394, 0.788, 0.620, 0.408, 0.453, 0.412, 0.577)),
     "DRL": ("drl", "", (0.395, 0.453, 0.746, 0.614, 0.453, 0.502, 0.392, 0.564)),
-    "MMBoundary": ("ppo", "--bars", (0.316, 0.304, 0.835, 0.661, 0.337, 0.361, 0.448, 0.665)),
+    "MMBoundary": ("ppo", "", (0.316, 0.304, 0.835, 0.661, 0.337, 0.361, 0.448, 0.665)),
     "w/o U_LNLP": ("no_lnlp", "", (0.327, 0.343, 0.815, 0.642, 0.356, 0.397, 0.423, 0.639)),
     "w/o U_MTE": ("no_mte", "", (0.337, 0.332, 0.824, 0.653, 0.349, 0.378, 0.430, 0.643)),
     "w/o U_TSAR": ("no_tsar", "", (0.324, 0.358, 0.813, 0.627, 0.361, 0.403, 0.438, 0.655)),
@@ -142,7 +142,7 @@ def main() -> None:
     elif Path(args.table).is_dir():
         found = collect(Path(args.table), sorted(int(path.name[4:]) for path in Path(args.table).glob("seed[0-9]*")))
     else:
-        found = common.read_json(args.table)
+        found = common.read_object(args.table)
     tables.show(summary.save(args.save, found) if args.save else found, PAPER, args.export)
 
 

@@ -1,12 +1,12 @@
 """An inference server samples in the place of `common.generate`, for any script; everything is still measured here, in one pass.
 
-    python tests/server.py --server http://localhost:8000 estimate.py --data aokvqa --data-dir aokvqa/
-    python tests/server.py --server http://localhost:8000 ppo.py --ckpt warmup/
+    python estimate.py --server http://localhost:8000 --data aokvqa --data-dir aokvqa/
+    python ppo.py --server http://localhost:8000 --ckpt warmup/
 
-What follows the name of a script is the script's own. The server is any that speaks OpenAI's protocol (a key: OPENAI_API_KEY);
-adapters need vLLM, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. Its log-probabilities only tell whether it
-samples from the model that is measured: the first batch of estimate.py and evaluate.py and every update of ppo.py, whose log has
-`mismatch`, the mean |log p (server) - log p (ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
+The flags below, and all of the script's own. The server is any that speaks OpenAI's protocol (a key: OPENAI_API_KEY); adapters need
+vLLM, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. Its log-probabilities only tell whether it samples from the
+model that is measured: the first batch of estimate.py and evaluate.py and every update of ppo.py, whose log has `mismatch`, the
+mean |log p (server) - log p (ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
 
 Choices
  1. A batch of the script is asked at once, --concurrency requests at a time: larger batches keep the server busy.
@@ -15,7 +15,7 @@ Choices
  3. Seeds go by the script's seed, the question, and how often the batch held it before. Neighbours that are one question are one
     request, which asks for all of its samples.
 
-    python tests/server.py --copy cache/world3/digits-seed0-noise1/model served/    # under the names of weights that vLLM knows
+    python tests/server.py cache/world3/digits-seed0-noise1/model served/    # a copy, under the names of weights that vLLM knows
 """
 
 import argparse
@@ -221,30 +221,25 @@ def copy_for_vllm(model: str | Path, folder: str | Path) -> None:
         save_file(weights, path, {"format": "pt"})
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None, name: str | None = None) -> None:
+    """A script, by its name or that of the process, with a server."""
+    name, form = name or Path(sys.argv[0]).stem, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = common.usage_error
-    parser.add_argument("--server", metavar="URL", help="as http://localhost:8000")
+    parser.add_argument("--server", metavar="URL", required=True, help="as http://localhost:8000")
     parser.add_argument("--served-model", metavar="NAME", help="what the server calls the model (default: as here)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for an answer, all tries together")
     parser.add_argument("--max-mismatch", type=float, default=0.05, help="nats a token, beyond which it is another model")
-    parser.add_argument("--copy", nargs=2, metavar=("MODEL", "FOLDER"), help="copy a model for vLLM, and do nothing else")
-    parser.add_argument("script", nargs="?", choices=["estimate.py", "evaluate.py", "ppo.py"])
-    parser.add_argument("flags", nargs=argparse.REMAINDER)
-    args = parser.parse_args(argv)
-    if args.copy:
-        return copy_for_vllm(*args.copy)
-    if not (args.server and args.script):
-        common.usage_error("needs --server URL and the name of a script")
+    args, flags = parser.parse_known_args(argv)
     if not (args.concurrency > 0 and 0 < args.patience < 1e6 and args.max_mismatch > 0):
         common.usage_error("--concurrency, --patience and --max-mismatch must be positive, --patience below 1e6")
-    script = importlib.import_module(args.script.removesuffix(".py"))
-    given = script.parse_args(args.flags)
+    script = importlib.import_module(name)
+    given = script.parse_args(flags)
     relevel, ckpt = getattr(given, "relevel", None), getattr(given, "ckpt", None)
     measured = (relevel or getattr(given, "responses", None)) and given.levels != "consistency"
     if measured or (Path(given.out, "done").exists() and not given.overwrite):
-        return common.run_script(lambda: script.main(args.flags))  # nothing is sampled
+        return script.main(flags)  # nothing is sampled
     if ckpt:
         common.usage_error(not Path(ckpt).is_dir() and f"no such folder: {ckpt}")
         if Path(ckpt, "run.json").exists():
@@ -256,16 +251,14 @@ def main(argv: list[str] | None = None) -> None:
     adapted = Path(path, "adapter_config.json").exists()
     if script is ppo and not adapted:
         common.usage_error(f"{path} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one")
-    if getattr(given, "bars", False) and not adapted:
-        common.usage_error("--bars asks for the base model, too: with a server it needs an adapter (warmup.py --lora-rank)")
     PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
     server = Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model, args.patience)
     connect(server)
     try:
-        common.run_script(lambda: script.main(args.flags))
+        script.main(flags)
     finally:
         server.unload(server.adapter)
 
 
 if __name__ == "__main__":
-    main()
+    copy_for_vllm(*sys.argv[1:])

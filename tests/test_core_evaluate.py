@@ -1,5 +1,6 @@
 """What the evaluation makes of responses that are known word for word."""
 
+import bars
 import pytest
 import scripted
 import torch
@@ -109,13 +110,13 @@ def test_the_bars_by_hand():
     first = [sentence(1.0, 0.0, True, "image"), sentence(2.0, 1.0, False, "reasoning")]
     second = [sentence(1.5, 0.1, True, "image"), sentence(1.2, 0.4, False, "image")]
     lines = [{"sentences": sentences} for sentences in (first, second)]
-    bars = evaluate.internal_rows(lines, confidence)
-    assert bars["base rate"] == 0.5
-    assert bars["base, LNLP"]["auroc"] == 0.75 and bars["base, LNLP"]["image"] == 0.5  # 1.0 and 1.5 are right, 1.2 and 2.0 wrong
-    assert bars["base, U_Final"]["auroc"] == 0.875  # U = 0, 1, .3, .3: a tie counts half
-    levels = bars["base, levels of U_Final"]  # 5 and 1; 4 and 4
+    found = bars.internal_rows(lines, confidence)
+    assert found["base rate"] == 0.5
+    assert found["base, LNLP"]["auroc"] == 0.75 and found["base, LNLP"]["image"] == 0.5  # 1.0 and 1.5 are right, 1.2 and 2.0 wrong
+    assert found["base, U_Final"]["auroc"] == 0.875  # U = 0, 1, .3, .3: a tie counts half
+    levels = found["base, levels of U_Final"]  # 5 and 1; 4 and 4
     assert levels["mece"] == pytest.approx(((0 + 0) / 2 + (0.25 + 0.75) / 2) / 2)
     assert levels["brier_skill"] == pytest.approx(1 - (0.25**2 + 0.75**2) / 4 / 0.25)
     # p = sigmoid(4 - 8 (lnlp - 1)) = .98, .02, .5, .92: levels 5, 1, 3, 5
-    assert bars["base, logistic regression"]["mece"] == pytest.approx(((0 + 0) / 2 + (0.5 + 1) / 2) / 2)
-    assert bars["base, logistic regression"]["auroc"] == pytest.approx(0.625)
+    assert found["base, logistic regression"]["mece"] == pytest.approx(((0 + 0) / 2 + (0.5 + 1) / 2) / 2)
+    assert found["base, logistic regression"]["auroc"] == pytest.approx(0.625)

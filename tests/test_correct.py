@@ -132,5 +132,5 @@ def test_the_script(tools, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"run.json", "done", "correct.json", "chains.jsonl", "correct.png"}
     assert (tmp_path / "a" / "chains.jsonl").read_text() == (tmp_path / "b" / "chains.jsonl").read_text()
     with pytest.raises(SystemExit, match="2"):
-        correct.main([*flags, "--level", "6", "--budget", "0.5"])
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--level must lie between 1 and 5; --budget must be at least 1")
+        correct.main([*flags, "--correct", "6", "--budget", "0.5"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--correct must lie between 1 and 5; --budget must be at least 1")

@@ -46,7 +46,7 @@ def sheet(tmp_path):
 
     def make(*flags, entries=2, out="sheet"):
         folders = [str(tmp_path / "ours"), str(tmp_path / "theirs")]
-        human.main(["sheet", *folders, "--entries", str(entries), "--out", str(tmp_path / out), *flags])
+        human.main(["--human-sheet", *folders, "--entries", str(entries), "--out", str(tmp_path / out), *flags])
         return (tmp_path / out / "sheet.html").read_text(), common.read_json(tmp_path / out / "key.json")
 
     return make
@@ -122,7 +122,7 @@ def score(sheet, tmp_path):
 
     def run(edit=lambda text: text, raters=("r0.csv", "r1.csv")):
         (tmp_path / "r1.csv").write_text(edit((tmp_path / "r1.csv").read_text("utf-8-sig")))
-        human.main(["scores", str(tmp_path / "sheet"), *(str(tmp_path / name) for name in raters)])
+        human.main(["--human-scores", *(str(tmp_path / name) for name in raters), "--out", str(tmp_path / "sheet")])
 
     return run
 
@@ -173,5 +173,5 @@ def test_a_file_with_something_wrong_is_named_with_the_entry_and_the_column(scor
 def test_all_that_is_wrong_with_a_command_is_said_at_once(score, tmp_path, capsys):
     error = refused(capsys, score, lambda text: text.replace("concise", "brief"), ("r1.csv", "none.csv", "r1.csv"))
     assert "a rater's file is given twice; " in error and "no column concise; " in error and "none.csv cannot be read: " in error
-    error = refused(capsys, human.main, ["sheet", "a/x", "b/x", "--entries", "0"])
+    error = refused(capsys, human.main, ["--human-sheet", "a/x", "b/x", "--entries", "0"])
     assert error.endswith("--entries must be positive; two folders have the same name; write NAME=FOLDER")

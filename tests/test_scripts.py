@@ -6,13 +6,16 @@ import importlib
 import json
 import math
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import bars
 import numpy as np
 import pytest
 import torch
@@ -287,18 +290,14 @@ def test_evaluate(runs, tmp_path):
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (runs["results"] / "metrics.json").read_bytes()
 
 
-def test_evaluate_with_the_bars(runs, cache, tmp_path, capsys):
+def test_the_bars(runs, cache, tmp_path, capsys):
     base = estimate.digits_paths(cache, 0, 1.0)["model"]
-    assert "--bars needs " in code_and_line(capsys, evaluate.main, "--ckpt", base, "--bars", "--out", tmp_path / "r")
-    evaluate.main(["--ckpt", str(runs["ppo"]), "--limit", "6", "--max-new-tokens", "60", "--bars", "--out", str(tmp_path / "r")])
+    assert "--bars needs " in code_and_line(capsys, bars.main, "--ckpt", base, "--bars", "--out", tmp_path / "r")
+    bars.main(["--ckpt", str(runs["ppo"]), "--limit", "6", "--max-new-tokens", "60", "--bars", "--out", str(tmp_path / "r")])
     metrics, lines = common.read_json(tmp_path / "r" / "metrics.json"), common.read_jsonl(tmp_path / "r" / "base.jsonl")
     right = [sentence["correct"] for line in lines for sentence in line["sentences"]]
-    assert len(lines) == 6 and metrics["internal"]["base rate"] == pytest.approx(np.mean(right))
-    assert "base, levels of U_Final" in capsys.readouterr().out and set(metrics["internal"]["base, LNLP"]) == {
-        "auroc",
-        "image",
-        "reasoning",
-    }
+    assert len(lines) == 6 and metrics["base rate"] == pytest.approx(np.mean(right))
+    assert "base, levels of U_Final" in capsys.readouterr().out and set(metrics["base, LNLP"]) == {"auroc", "image", "reasoning"}
 
 
 def test_every_batch_has_its_seed(runs, tmp_path, monkeypatch):
@@ -367,6 +366,34 @@ def test_a_usage_error_from_the_shell():
     result = subprocess.run([sys.executable, "warmup.py", "--estimate", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "warmup.py: error: no such folder: nowhere/\n"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("estimate.py --server http://127.0.0.1:9 --out s", "server http://127.0.0.1:9 does not answer"),
+        ("ppo.py --ckpt gone --server=http://127.0.0.1:9", "no such folder: gone"),
+        ("evaluate.py --server", "expected one argument"),
+        ("evaluate.py --bars --ckpt gone", "no such folder: gone"),
+        ("evaluate.py --correct 6", "--correct must lie between 1 and 5"),
+        ("evaluate.py --table gone.json", "gone.json"),
+        ("evaluate.py --human-sheet a/x b/x", "two folders have the same name"),
+        ("evaluate.py --human-scores rater.csv --out gone", "gone/key.json"),
+        ("warmup.py --server http://127.0.0.1:9", "unrecognized arguments: --server"),
+        ("estimate.py --table runs", "unrecognized arguments: --table"),
+    ],
+)
+def test_flags_that_leave_the_work_to_a_file_in_tests(monkeypatch, tmp_path, capsys, command, message):
+    script, *flags = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and not out
+    assert err.startswith(f"{script}: error: ") and message in err and len(err.splitlines()) == 1
 
 
 def test_another_runs_folder_is_not_touched(runs, cache, capsys):

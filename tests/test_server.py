@@ -111,7 +111,6 @@ def server(monkeypatch):
     for module, names in ((common, ("collate", "generate")), (ppo, ("rollout", "train_update"))):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))  # as they were, afterwards
-    monkeypatch.setattr(common, "run_script", lambda main: main())
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
@@ -146,7 +145,11 @@ def connect(server, vlm):
 
 
 def through(server, script, *flags):
-    engine.main(["--server", server.url, f"{script.__name__}.py", *map(str, flags)])
+    engine.main(["--server", getattr(server, "url", server), *map(str, flags)], script.__name__)
+
+
+def refused(capsys, server, script, *flags):
+    return one_line(capsys, lambda _: through(server, script, *flags))
 
 
 def test_samples_as_generate(server, base, records):
@@ -255,13 +258,13 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
     assert len(server.models) == 1 and [kind for kind, _ in server.posted] == ["load_lora_adapter", "unload_lora_adapter"] * 2
     relevel = ["--relevel", folders.estimate, "--levels", "consistency", "--samples", "2", "--device", "cpu", "--batch-size", "9"]
     through(server, estimate, *relevel, "--out", tmp_path / "agreed")
-    n, away = len(server.requests), ["--server", "http://127.0.0.1:9"]  # which nobody asks where nothing is to be sampled
-    engine.main([*away, "evaluate.py", *flags, str(tmp_path / "s")])
+    n, away = len(server.requests), "http://127.0.0.1:9"  # which nobody asks where nothing is to be sampled
+    through(away, evaluate, *flags, tmp_path / "s")
     assert "already holds this run" in capsys.readouterr().out
-    engine.main([*away, "estimate.py", "--relevel", str(folders.estimate), "--out", str(tmp_path / "max"), "--fuse", "max"])
+    through(away, estimate, "--relevel", folders.estimate, "--out", tmp_path / "max", "--fuse", "max")
     assert (tmp_path / "max" / "done").exists() and len(server.requests) == n
     server.swapped = base
-    line = one_line(capsys, engine.main, "--server", f"{server.url}/v1/", "evaluate.py", *flags, str(tmp_path / "x"))
+    line = refused(capsys, f"{server.url}/v1/", evaluate, *flags, tmp_path / "x")
     assert "samples from another model: mismatch = " in line
     server.swapped = None
     for name in ("collate", "generate"):
@@ -273,43 +276,38 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
 
 def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    flags = ["estimate.py", *folders.flags, "--out", str(tmp_path / "e")]
-    assert "does not answer (APIConnectionError" in one_line(capsys, engine.main, "--server", "http://127.0.0.1:9", *flags)
+    flags = [estimate, *folders.flags, "--out", tmp_path / "e"]
+    assert "does not answer (APIConnectionError" in refused(capsys, "http://127.0.0.1:9", *flags)
     server.models = {"another": base}
-    assert f"serves another and no {folders.base}" in one_line(capsys, engine.main, "--server", server.url, *flags)
+    assert f"serves another and no {folders.base}" in refused(capsys, server, *flags)
     server.models, server.ready = {folders.base: base}, False
-    assert "does not answer (InternalServerError" in one_line(capsys, engine.main, "--server", server.url, *flags)
+    assert "does not answer (InternalServerError" in refused(capsys, server, *flags)
     server.ready = server.refuses = True
-    assert "takes no adapter, as vLLM" in one_line(
-        capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", str(folders.warmup)
-    )
-    assert "full weights cannot be sent" in one_line(capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", folders.base)
-    bars = ["evaluate.py", "--ckpt", folders.base, "--bars"]
-    assert "--bars asks for the base model" in one_line(capsys, engine.main, "--server", server.url, *bars)
-    assert "name of a script" in one_line(capsys, engine.main, "--server", server.url)
+    assert "takes no adapter, as vLLM" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
+    assert "full weights cannot be sent" in refused(capsys, server, ppo, "--ckpt", folders.base)
     for flag, value in (("--concurrency", "0"), ("--patience", "inf"), ("--max-mismatch", "0")):
-        assert "must be positive" in one_line(capsys, engine.main, "--server", server.url, flag, value, *flags)
-    assert "no such folder: gone" in one_line(capsys, engine.main, "--server", server.url, "ppo.py", "--ckpt", "gone")
+        assert "must be positive" in refused(capsys, server, *flags, flag, value)
+    assert "no such folder: gone" in refused(capsys, server, ppo, "--ckpt", "gone")
     shutil.copytree(folders.warmup, tmp_path / "w", ignore=lambda *_: ["done"])
-    line = one_line(capsys, engine.main, "--server", server.url, "evaluate.py", "--ckpt", str(tmp_path / "w"))
+    line = refused(capsys, server, evaluate, "--ckpt", tmp_path / "w")
     assert "is not a finished run of the stage before: done missing" in line
-    assert f"no model in {tmp_path}" in one_line(capsys, engine.main, "--copy", str(tmp_path), str(tmp_path / "served"))
+    assert f"no model in {tmp_path}" in one_line(capsys, lambda _: engine.copy_for_vllm(tmp_path, tmp_path / "served"))
 
 
-def ppo_flags(folders, server, out):
+def ppo_flags(folders, out):
     flags = f"--ckpt {folders.warmup} --device cpu --max-new-tokens 50 --generate-batch 2 --updates 3 --batch-size 2 --samples 2"
-    return f"--server {server.url} ppo.py {flags} --value-updates 0 --save-every 1 --lr 0.01 --out {out}".split()
+    return f"{flags} --value-updates 0 --save-every 1 --lr 0.01 --out {out}".split()
 
 
 def test_ppo(server, base, folders, tmp_path, capsys):
     """Each update's policy is sent under a new name and sampled. A server that dies ends the run with one line, and it goes on;
     another model in the policy's place ends it, too, and the last checkpoint is kept."""
     server.models[folders.base], server.dies_after = base, 3  # in the second update
-    line = one_line(capsys, engine.main, *ppo_flags(folders, server, tmp_path / "p"))
+    line = refused(capsys, server, ppo, *ppo_flags(folders, tmp_path / "p"))
     assert "fails; once it is back, the same command goes on (APIConnectionError" in line
     assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == 1
     server.dies_after, before = 10**9, len(server.posted)  # it is back
-    engine.main(ppo_flags(folders, server, tmp_path / "p"))
+    through(server, ppo, *ppo_flags(folders, tmp_path / "p"))
     log = common.read_jsonl(tmp_path / "p" / "log.jsonl")
     assert len(log) == 3 and all(row["mismatch"] < 1e-4 and row["mismatch_clipfrac"] == 0 for row in log) and log[2]["kl"] > 0
     sent = "load load unload load unload unload".split()
@@ -323,7 +321,7 @@ def test_ppo(server, base, folders, tmp_path, capsys):
 
     original, server.chat = server.chat, chat
     server.requests.clear()
-    assert "samples from another model: mismatch = " in one_line(capsys, engine.main, *ppo_flags(folders, server, tmp_path / "q"))
+    assert "samples from another model: mismatch = " in refused(capsys, server, ppo, *ppo_flags(folders, tmp_path / "q"))
     assert torch.load(tmp_path / "q" / "trainer_state.pt", weights_only=True)["step"] == 1
 
 
@@ -331,8 +329,8 @@ def test_more_processes_than_batches(server, base, folders, tmp_path):
     """One adapter is sent and taken away, the idle process waits for nobody, and the answers are those of one process."""
     server.models[folders.base] = base
     flags = f"--ckpt {folders.warmup} --cache {folders.cache} --limit 2 --batch-size 2 --max-new-tokens 40 --device cpu".split()
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 tests/server.py".split()
-    command = [sys.executable, *torchrun, "--server", server.url, "evaluate.py", *flags, "--out", str(tmp_path / "two")]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 evaluate.py".split()
+    command = [sys.executable, *torchrun, "--server", server.url, *flags, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [name for name, _ in server.posted] == ["load_lora_adapter", "unload_lora_adapter"]
