@@ -103,10 +103,9 @@ TRAINING_FLAGS = RUN_FLAGS | {
 
 
 def usage_error(*problems: object) -> None:
-    """Print what is a problem (none: something false, as in `n < 1 and "too few"`), leave no empty new folder, exit with code 2."""
+    """Print what is a problem (none: something false, as in `n < 1 and "too few"`), leave no new folder empty, exit with code 2."""
     if problems := list(filter(None, problems)):
-        while NEW:
-            folder = NEW.pop()
+        for folder in sorted(NEW, reverse=True):  # what lies inside first
             if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json"}:
                 shutil.rmtree(folder)
         print(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
@@ -209,9 +208,11 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
     return records
 
 
-def read_finished(folder: str | Path, name: str) -> list[dict]:
-    """The records of a file that an earlier stage has finished; exits with code 2 where one is damaged or its picture is gone."""
+def read_finished(folder: str | Path, name: str, *keys: str) -> list[dict]:
+    """The records of a file that an earlier stage has finished; exits with code 2 where one lacks a key or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
+    lacking = [f"line {n}, has no {key}" for n, record in enumerate(records, 1) for key in ("id", *keys) if key not in record]
+    usage_error(lacking and f"{folder}/{name}, {lacking[0]}")
     gone = [path for path in (str(r.get("image")) for r in records) if not (os.path.isfile(path) and os.path.getsize(path))]
     usage_error(not records and f"{folder}/{name} holds no question")
     usage_error(gone and f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}")
@@ -264,13 +265,14 @@ class Run:
 
     def _take_folder(self, resolved: dict, inputs: Iterable[str], used: Iterable[str]) -> None:
         """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
-        out, new = Path(os.path.realpath(self.out)), not os.path.exists(self.out)
+        out = Path(os.path.realpath(self.out))
+        new = [path for path in (out, *out.parents) if not path.exists()]
         for path, outside in [(path, True) for path in inputs] + [(path, False) for path in used]:
             path = Path(path).resolve()
             if out == path or out in path.parents or (outside and path in out.parents):
                 usage_error(f"--out {self.out} is, holds or lies in what is read, {path}; choose another")
         held = [path for path in self.out.iterdir() if ".tmp" not in path.name] if self.out.is_dir() else []
-        foreign = held and not (self.out / "run.json").exists()
+        foreign = held and not ((self.out / "run.json").is_file() and b'"stage"' in (self.out / "run.json").read_bytes())
         usage_error(foreign and f"{self.out}/ is not empty and holds no run of this project; choose another --out")
         try:
             if out in LOCKS:
@@ -280,7 +282,7 @@ class Run:
             usage_error(f"another run is at work in {self.out}/")
         except OSError as error:
             usage_error(f"--out {self.out} cannot be written: {error}")
-        NEW.update([out] * new)
+        NEW.update(new)
         if held and not self.overwrite:
             record = read_object(self.out / "run.json", "args")["args"]
             other = [name for name in {**record, **resolved} if record.get(name) != resolved.get(name)]
@@ -337,14 +339,15 @@ def lock(folder: Path, how: int = 0) -> contextlib.ExitStack:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON, and of weights size and beginning."""
+    """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON and weights."""
     files, digest = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)], hashlib.sha256()
     for file in files:
         result = file.suffix in (".json", ".jsonl", ".safetensors", ".jinja") and file.name not in ("log.jsonl", "run.json")
         if file == Path(path) or (result and file.is_file()):
             digest.update(f"{file.name} {file.stat().st_size} ".encode())
             with open(file, "rb") as opened:
-                digest.update(opened.read(1 << 20 if file.suffix == ".safetensors" else -1))
+                for piece in iter(functools.partial(opened.read, 1 << 20), b""):
+                    digest.update(piece)
     return digest.hexdigest()
 
 

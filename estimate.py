@@ -347,7 +347,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.relevel:
         setup = common.read_run(args.relevel, "responses.jsonl")["setup"]
         common.fill_defaults(args, FLAGS, setup["data"])
-        return setup, common.read_finished(args.relevel, "responses.jsonl")
+        return setup, common.read_finished(args.relevel, "responses.jsonl", "image", "question", "reference", "sentences")
     args.data, limit = "+".join(args.data), args.limit
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)

@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    questions = common.read_finished(ckpt, "sft.jsonl")
+    questions = common.read_finished(ckpt, "sft.jsonl", "image", "question", "reference", "choices")
     confidence = common.read_object(ckpt / "confidence.json", "weights", "fuse", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problem = "R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import common
-from common import COUNT, LORA_TARGETS, N_LEVELS, NATURAL, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
+from common import COUNT, LORA_TARGETS, N_LEVELS, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
 FLAGS = {
     "run": {"estimate": (TEXT, "estimate", "what estimate.py wrote"), "out": (TEXT, "warmup", "folder to write"), **TRAINING_FLAGS},
@@ -43,7 +43,12 @@ FLAGS = {
         "micro_batch": (COUNT, 64, 4, "responses a forward pass; changes memory, not the result"),
         "lr": (POSITIVE, 3e-3, 1e-4, "peak learning rate of AdamW"),
         "warmup_ratio": (SHARE, 0.1, "share of steps with rising learning rate"),
-        "lora_rank": (NATURAL, 0, 16, "rank of a new LoRA adapter; 0 trains all weights"),
+        "lora_rank": (
+            Kind(int, range(4097).__contains__, "must be 0 to 4096"),
+            0,
+            16,
+            "rank of a new LoRA adapter; 0 trains all weights",
+        ),
         "lora_alpha": (POSITIVE, None, "scale of the adapter (default: twice the rank)"),
         "lora_dropout": (SHARE, 0.0, "of the adapter, in warm-up only"),
         "lora_targets": (TEXT, LORA_TARGETS, "regular expression of the layers that get it"),
@@ -102,7 +107,7 @@ def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
-    lines = common.read_finished(args.estimate, "responses.jsonl")
+    lines = common.read_finished(args.estimate, "responses.jsonl", "image", "question", "reference", "sentences")
     common.fill_defaults(args, FLAGS, setup["data"])
     common.usage_error(*common.cannot_train(setup["model"], args))
     with common.loading("--lora-targets", args.lora_targets):

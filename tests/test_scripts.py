@@ -524,7 +524,7 @@ def test_nothing_is_measured_again_after_the_last_file(runs, cache, tmp_path, mo
 
 def test_overwriting_does_not_follow_links(runs, tmp_path):
     (tmp_path / "w").mkdir()
-    common.write_json(tmp_path / "w" / "run.json", {})
+    common.write_json(tmp_path / "w" / "run.json", {"stage": "warmup"})
     (tmp_path / "w" / "link").symlink_to(runs["estimate"])
     warmup.main(["--estimate", str(runs["estimate"]), "--epochs", "1", "--out", str(tmp_path / "w"), "--overwrite"])
     assert (runs["estimate"] / "responses.jsonl").exists() and not (tmp_path / "w" / "link").exists()
@@ -636,6 +636,43 @@ def test_a_log_that_is_gone(runs, tmp_path, capsys):
         (tmp_path / "p" / name).unlink()
     line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO)
     assert "log.jsonl is damaged: 0 lines of 2 steps" in line
+
+
+def test_overwriting_leaves_what_others_call_a_run(runs, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    common.write_json(tmp_path / "run.json", {"name": "of another program"})
+    line = code_and_line(capsys, warmup.main, "--estimate", runs["estimate"], "--out", tmp_path, "--overwrite")
+    assert "holds no run of this project" in line and (tmp_path / "thesis.tex").exists()
+
+
+def test_a_refusal_leaves_no_new_folder(runs, tmp_path, capsys):
+    blank = {"image": str(tmp_path / "gone.png"), "question": "?", "response": "It is."}
+    common.write_jsonl(tmp_path / "given.jsonl", [blank])
+    flags = ["--responses", tmp_path / "given.jsonl", "--cache", tmp_path, "--allow-bad-records"]
+    code_and_line(capsys, estimate.main, *flags, "--out", tmp_path / "a" / "b")
+    line = code_and_line(
+        capsys, warmup.main, "--estimate", runs["estimate"], "--out", tmp_path / "c" / "d", "--lora-rank", 2, "--lora-targets", "x"
+    )
+    assert "no layer that matches" in line and sorted(path.name for path in tmp_path.iterdir()) == ["given.jsonl"]
+
+
+@pytest.mark.parametrize("key", ["id", "image", "question", "reference"])
+def test_a_line_that_lacks_something_is_named(runs, tmp_path, capsys, key):
+    for stage, name, main, flag in (("estimate", "responses", warmup.main, "--estimate"), ("warmup", "sft", ppo.main, "--ckpt")):
+        shutil.copytree(runs[stage], tmp_path / stage)
+        first, second, *rest = common.read_jsonl(tmp_path / stage / f"{name}.jsonl")
+        second.pop(key)
+        common.write_jsonl(tmp_path / stage / f"{name}.jsonl", [first, second, *rest])
+        (tmp_path / stage / "done").write_text("")  # as who edits a file says that it is meant
+        assert f"{name}.jsonl, line 2, has no {key}" in code_and_line(capsys, main, flag, tmp_path / stage, "--out", tmp_path / "x")
+
+
+def test_weights_that_were_changed_are_noticed(runs, tmp_path, capsys):
+    shutil.copytree(runs["warmup"], tmp_path / "w")
+    with open(tmp_path / "w" / "model.safetensors", "rb+") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x01")
+    assert "is damaged or was edited" in code_and_line(capsys, ppo.main, "--ckpt", tmp_path / "w", "--out", tmp_path / "p")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": 1}'])
