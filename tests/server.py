@@ -57,10 +57,11 @@ collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  
 class Server:
     """The client of a server that knows a model, by the name that the scripts use, and takes adapters of it."""
 
-    def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.05, name: str | None = None, patience=900.0):
+    def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
         """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
         self.url, self.max_mismatch, self.apart, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
+        self.limit = max_mismatch  # of what is checked next
         user = re.search("//(.*)@", url)
         self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *(user[1].split(":") if user else ())]
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
@@ -170,12 +171,15 @@ class Server:
         return ids
 
     def check(self, apart: torch.Tensor) -> float:
-        """The mean difference of log-probabilities (tokens,), NaN without any; exits with code 2 where it is another model's."""
+        """The mean difference of log-probabilities (tokens,), NaN without any; exits with code 2 where it is another model's: above
+        --max-mismatch, or far above that of the first check, which is what the server's arithmetic differs by."""
         mismatch = apart.abs().nanmean().item()
         if math.isnan(mismatch):
             warnings.warn("the server gives no log-probabilities: whether it samples from this model is not known", stacklevel=1)
-        problem = f"server {self.url} samples from another model: mismatch = {mismatch:.3g} nats a token"
-        common.usage_error(*[problem] * (mismatch > self.max_mismatch))
+        problem = f"server {self.url} samples from another model: mismatch = {mismatch:.3g} nats a token, above {self.limit:.3g}"
+        common.usage_error(*[problem] * (mismatch > self.limit))
+        if self.limit == self.max_mismatch and mismatch < self.limit:
+            self.limit = min(self.max_mismatch, max(0.005, 10 * mismatch))
         return mismatch
 
 
@@ -230,7 +234,9 @@ def main(argv: list[str] | None = None, name: str | None = None) -> None:
     parser.add_argument("--served-model", metavar="NAME", help="what the server calls the model (default: as here)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for an answer, all tries together")
-    parser.add_argument("--max-mismatch", type=float, default=0.05, help="nats a token, beyond which it is another model")
+    parser.add_argument(
+        "--max-mismatch", type=float, default=0.1, help="nats a token, beyond which it is another model (as is 10 x the first)"
+    )
     args, flags = parser.parse_known_args(argv)
     if not (args.concurrency > 0 and 0 < args.patience < 1e6 and args.max_mismatch > 0):
         common.usage_error("--concurrency, --patience and --max-mismatch must be positive, --patience below 1e6")

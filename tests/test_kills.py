@@ -41,6 +41,8 @@ def run(stage: str, folder: Path, nth: int = 0, full: bool = False) -> tuple[int
             opened = event == "open" and isinstance(args[0], (str, Path)) and set(args[1] or "") & set("wax+")
             if not (opened or event in WRITES) or not os.path.abspath(args[0]).startswith(str(folder)):
                 return
+            if event == "os.mkdir" and os.path.isdir(args[0]):  # which nobody misses
+                return
             seen.append(f"{event} {args[0]}")
             os.write(log, f"{seen[-1]}\n".encode())
             if len(seen) == nth and full:

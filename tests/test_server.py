@@ -228,6 +228,15 @@ def test_nothing_is_said_of_log_probabilities(server, base):
         assert torch.tensor(connect(server, base).check(torch.full((3,), torch.nan))).isnan()
 
 
+def test_what_is_another_model(server, base, capsys):
+    """Far above the first mismatch, where arithmetic is exact; above --max-mismatch, where it is not."""
+    exact, noisy = connect(server, base), connect(server, base)
+    assert [exact.check(torch.tensor([x, -x])) for x in (1e-6, 0.0049)] == pytest.approx([1e-6, 0.0049])
+    assert [noisy.check(torch.tensor([x, -x])) for x in (0.02, 0.099)] == pytest.approx([0.02, 0.099])
+    for client, x, line in ((exact, 0.0051, "0.0051 nats a token, above 0.005"), (noisy, 0.11, "0.11 nats a token, above 0.1")):
+        assert line in one_line(capsys, lambda _, client=client, x=x: client.check(torch.tensor([x, -x])))
+
+
 @pytest.mark.parametrize("length", [60, 5])
 def test_an_answer_without_ids(server, base, records, length):
     """Its text is tokenised, which is said once; only what ended is closed by an end token."""
