@@ -889,7 +889,7 @@ def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> N
     weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     with writing(path) as temporary:
-        torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
+        torch.save({"weights": weights, "optimizers": states, "steps": step}, temporary)
         if path.exists():
             path.replace(f"{path}.before")
 
@@ -907,7 +907,7 @@ def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
         module.load_state_dict(state["weights"][name], strict=False)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
-    return state["step"]
+    return state["steps"]
 
 
 def set_learning_rate(optimizer, peak: float, step: int, steps: int, warmup: float) -> None:

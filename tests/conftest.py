@@ -16,6 +16,16 @@ import estimate
 import ppo
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # the order below
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file begins and builds the digits world; those that do without it come next, while it does."""
+    needs = {item.path.name for item in items if "cache" in item.fixturenames}
+    items.sort(key=lambda item: (item.path.name != "test_scripts.py", item.path.name in needs))
+
+
 @pytest.fixture(scope="session")
 def model_args():
     return ppo.parse_args(["--device", "cpu"])
