@@ -889,7 +889,7 @@ def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> N
     weights = {name: {k: v for k, v in m.named_parameters() if v.requires_grad} for name, m in modules.items()}
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     with writing(path) as temporary:
-        torch.save({"weights": weights, "optimizers": states, "steps": step}, temporary)
+        torch.save({"weights": weights, "optimizers": states, "step": step}, temporary)
         if path.exists():
             path.replace(f"{path}.before")
 
@@ -906,8 +906,15 @@ def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name], strict=False)
     for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    return state["steps"]
+        optimizer.load_state_dict(interned(state["optimizers"][name]))
+    return state["step"]
+
+
+def interned(value):
+    """The same with the names that Python itself would share: what is saved again has the same bytes."""
+    if isinstance(value, dict):
+        return {sys.intern(key) if isinstance(key, str) else key: interned(item) for key, item in value.items()}
+    return [*map(interned, value)] if isinstance(value, list) else value
 
 
 def set_learning_rate(optimizer, peak: float, step: int, steps: int, warmup: float) -> None:

@@ -84,7 +84,7 @@ def test_one_process_writes(two):
     for stage in "ewpr":
         one, both = (sorted(p.name for p in (two / f"{stage}{n}").iterdir()) for n in (1, 2))
         assert one == both and "done" in one
-    assert torch.load(two / "w2" / "trainer_state.pt", weights_only=True)["steps"] == 18
+    assert torch.load(two / "w2" / "trainer_state.pt", weights_only=True)["step"] == 18
 
 
 def test_a_batch_that_cannot_be_divided(two, monkeypatch, capsys):

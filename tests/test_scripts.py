@@ -613,7 +613,7 @@ def test_a_run_that_goes_astray_stops(runs, tmp_path, monkeypatch, capsys, flags
     monkeypatch.setattr(ppo, "train_update", astray)
     line = code_and_line(capsys, ppo.main, "--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO, *flags)
     assert f"astray at step 1: {next(iter(row))} = " in line and not (tmp_path / "p" / "done").exists()
-    assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == torch.load(tmp_path / "p" / "trainer_state.pt")["steps"] == 1
+    assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == torch.load(tmp_path / "p" / "trainer_state.pt")["step"] == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(runs, tmp_path, monkeypatch, capsys):

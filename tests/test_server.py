@@ -331,7 +331,7 @@ def test_ppo(server, base, folders, tmp_path, capsys):
     original, server.chat = server.chat, chat
     server.requests.clear()
     assert "samples from another model: mismatch = " in refused(capsys, server, ppo, *ppo_flags(folders, tmp_path / "q"))
-    assert torch.load(tmp_path / "q" / "trainer_state.pt", weights_only=True)["steps"] == 1
+    assert torch.load(tmp_path / "q" / "trainer_state.pt", weights_only=True)["step"] == 1
 
 
 def test_more_processes_than_batches(server, base, folders, tmp_path):
