@@ -85,34 +85,31 @@ def results(root: Path, seed: int, row: str, data: str) -> Path:
     return root / f"seed{seed}" / name
 
 
-def run_seed(job: tuple) -> list[tuple[int, str]]:
-    """All runs of the rows, for one seed, one after the other -> (seed, row) of what failed, which is named and left behind."""
-    root, seed, rows, options = job
-    made, failed = {}, []
+def run_row(job: tuple) -> tuple[int, str] | None:
+    """All runs of a row, one after the other; returns (seed, row) where one failed, which is named and left behind."""
+    root, seed, row, options = job
 
     def make(name: str) -> Path:
-        if name not in made:
-            script, *flags = RUNS[name].split()
-            flags = [str(make(flag[1:-1])) if flag[0] == "{" else flag for flag in flags]
-            made[name] = root / f"seed{seed}" / name
-            SCRIPTS[script]([*flags, "--seed", str(seed), "--out", str(made[name]), *options.get(script, ())])
-        return made[name]
+        script, *flags = RUNS[name].split()
+        flags = [str(make(flag[1:-1])) if flag[0] == "{" else flag for flag in flags]
+        out = root / f"seed{seed}" / name
+        with common.lock(out.with_name(".locks") / name):  # another row may be at it; what is finished is not repeated
+            SCRIPTS[script]([*flags, "--seed", str(seed), "--out", str(out), *options.get(script, ())])
+        return out
 
     torch.set_num_threads(1)
-    for row in rows:
-        try:
-            name, flags, _ = ROWS[row]
-            folder = make(name)
-            of = common.read_run(folder)["setup"]
-            ckpt = str(folder) if name != "estimate" else of["model"]  # the untrained model, which knows of no run
-            world = ["--noise-scale", str(of["noise_scale"]), "--cache", of["cache"]]
-            shared = ["--ckpt", ckpt, "--seed", str(seed), *world, *flags.split(), *options["evaluate"]]
-            for data in DATA if row != "Conf-CSR" else ():  # which measures itself, on test
-                evaluate.main([*shared, "--data", data, "--out", str(results(root, seed, row, data))])
-        except (Exception, SystemExit):
-            print(f"seed {seed}, {row}: failed\n{traceback.format_exc()}", file=sys.stderr)
-            failed.append((seed, row))
-    return failed
+    try:
+        name, flags, _ = ROWS[row]
+        folder = make(name)
+        of = common.read_run(folder)["setup"]
+        ckpt = str(folder) if name != "estimate" else of["model"]  # the untrained model, which knows of no run
+        world = ["--noise-scale", str(of["noise_scale"]), "--cache", of["cache"]]
+        shared = ["--ckpt", ckpt, "--seed", str(seed), *world, *flags.split(), *options["evaluate"]]
+        for data in DATA if row != "Conf-CSR" else ():  # which measures itself, on test
+            evaluate.main([*shared, "--data", data, "--out", str(results(root, seed, row, data))])
+    except (Exception, SystemExit):
+        print(f"seed {seed}, {row}: failed\n{traceback.format_exc()}", file=sys.stderr)
+        return seed, row
 
 
 def collect(root: Path, seeds: list[int], failed=()) -> dict:
@@ -126,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time, in processes of one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at the same time, in processes of one thread each")
     parser.add_argument("--table", metavar="PLACE", help="run nothing: the tables of a file of --save or of a folder of runs")
     parser.add_argument("--save", type=Path, metavar="FILE", help="add the figures to those in a small JSON file")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the tables as CSV, and the pictures")
@@ -137,8 +134,8 @@ def main() -> None:
     if args.table in (None, "1"):  # Table 1 is what is run here
         options = {script: getattr(args, script).split() for script in SCRIPTS}
         with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-            failed = pool.map(run_seed, [(args.out, seed, args.rows, options) for seed in args.seeds], chunksize=1)
-        found = collect(args.out, args.seeds, sum(failed, []))
+            failed = pool.map(run_row, [(args.out, s, row, options) for s in args.seeds for row in args.rows], chunksize=1)
+        found = collect(args.out, args.seeds, failed)
     elif Path(args.table).is_dir():
         found = collect(Path(args.table), sorted(int(path.name[4:]) for path in Path(args.table).glob("seed[0-9]*")))
     else:
