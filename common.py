@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def usage_error(*problems: object) -> None:
         for folder in sorted(NEW, reverse=True):  # what lies inside first
             if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json"}:
                 shutil.rmtree(folder)
-        print(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -303,7 +304,8 @@ class Run:
             git, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            write_json(self.out / "run.json", self.record | {"commit": commit, "versions": versions})
+            command = re.sub("//[^/@ ]*@", "//", shlex.join(sys.argv))  # without a password
+            write_json(self.out / "run.json", self.record | {"command": command, "commit": commit, "versions": versions})
         self.accelerator.wait_for_everyone()
 
     def write(self, writer: Callable, name: str, *values) -> None:
@@ -356,7 +358,7 @@ def run_script(main: Callable, **beside: str) -> None:
     that leave the work to the main() of a file in tests/."""
 
     def stop(number, _) -> None:
-        print(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
+        tqdm.write(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

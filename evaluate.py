@@ -7,7 +7,7 @@ Writes to --out: metrics.json, predictions.jsonl, reliability.png, report.html (
 MECE is not a proper score, E|I - c| is least at c = 0 or 1. `mece_constant` is the MECE of always saying the best single level;
 Brier, a proper score, and its skill stand beside it.
 
-    python evaluate.py --ckpt ppo/                    # and, each with flags of its own (--help):
+    python evaluate.py --ckpt ppo/                    # --server URL: an inference server samples. With flags of their own (--help):
     python evaluate.py --ckpt ppo/ --bars             # instead, what the untrained model's internal confidence is worth
     python evaluate.py --ckpt ppo/ --correct 3        # draw doubtful sentences again; votes, selective answers
     python evaluate.py --table runs/                  # the comparison of what tests/rows.py has run

@@ -5,8 +5,8 @@
 
 The flags below, and all of the script's own. The server is any that speaks OpenAI's protocol (a key: OPENAI_API_KEY); adapters need
 vLLM, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. Its log-probabilities only tell whether it samples from the
-model that is measured: the first batch of estimate.py and evaluate.py and every update of ppo.py, whose log has `mismatch`, the
-mean |log p (server) - log p (ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
+model that is measured: in every batch, and every update of ppo.py, whose log has `mismatch`, the mean |log p (server) - log p
+(ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
 
 Choices
  1. A batch of the script is asked at once, --concurrency requests at a time: larger batches keep the server busy.
@@ -44,7 +44,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from annotate import RETRIES
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
 from safetensors.torch import load_file, save_file
 
 import common
@@ -62,19 +62,20 @@ class Server:
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
         self.url, self.max_mismatch, self.apart, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
         self.limit = max_mismatch  # of what is checked next
+        common.usage_error(not re.match("https?://.", url) and f"--server {self.url} is no address such as http://localhost:8000")
         user = re.search("//(.*)@", url)
         self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *(user[1].split(":") if user else ())]
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
         address, key = re.sub(r"(/v1)?/*$", "", url) + "/v1", os.environ.get("OPENAI_API_KEY") or "none"
-        with self.trying("is no address"):
+        with self.trying("is no address"):  # what a header cannot hold, and others
             self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=patience)
         adapter = Path(path, "adapter_config.json")
         self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
         self.adapter = None
-        with self.trying("does not answer"):
+        with self.trying("does not answer, or not as OpenAI's do"):
             known = [model.id for model in self.client.with_options(max_retries=0, timeout=20).models.list().data]
         same = [model for model in known if model == self.base or os.path.realpath(model) == os.path.realpath(self.base)]
-        problem = f"server {self.url} serves {', '.join(known)} and no {self.base} (--served-model NAME)"
+        problem = f"server {self.url} serves {', '.join(known) or 'nothing'} and no {self.base} (--served-model NAME)"
         common.usage_error(*[problem] * (not same))
         self.base = same[0]
         if adapter.exists():
@@ -88,17 +89,18 @@ class Server:
         except Exception as error:  # the client raises many kinds
             passes = isinstance(error, (APIConnectionError, multiprocessing.TimeoutError))
             passes |= isinstance(error, APIStatusError) and (error.status_code == 429 or error.status_code >= 500)
-            reason = " ".join(str(error).split()) or f"no answer in {self.patience:g} s"
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or f"no answer in {self.patience:g} s"
+            trouble = "wants another key (OPENAI_API_KEY)" if isinstance(error, AuthenticationError) else trouble
             for secret in filter(None, self.secrets):
                 reason = reason.replace(secret, "...")
-            trouble += "; once it is back, the same command goes on" * (passes and trouble == "fails")
+            trouble += "; once it is back, the same command goes on from what is saved" * (passes and trouble == "fails")
             common.usage_error(f"server {self.url} {trouble} ({type(error).__name__}: {reason[:240]})")
 
     def load_adapter(self, folder: str | Path) -> None:
         """Sample from the adapter in a folder that the server can read."""
         before, name = self.adapter, f"policy-{os.urandom(6).hex()}"
         if PartialState().is_main_process:
-            with self.trying("is away, or takes no adapter, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            with self.trying("takes no adapter (vLLM: --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)"):
                 body = {"lora_name": name, "lora_path": os.path.abspath(folder)}
                 load = functools.partial(self.client.post, "/load_lora_adapter", cast_to=str, body=body)
                 self.pool.apply_async(load).get(self.patience)
@@ -109,7 +111,7 @@ class Server:
         """Take an adapter away, where the server still has it."""
         if adapter and PartialState().is_main_process:
             with contextlib.suppress(Exception):
-                once = self.client.with_options(max_retries=0, timeout=20)
+                once = self.client.with_options(max_retries=0, timeout=5)
                 once.post("/unload_lora_adapter", cast_to=str, body={"lora_name": adapter})
 
     def sample(self, vlm, records: list[dict], temperature: float, length: int, seed: int) -> list[tuple[list[int], torch.Tensor]]:
@@ -160,14 +162,15 @@ class Server:
         return known and 0 < len(ids) <= length and not set(ids[:-1]) & set(vlm.end_tokens)
 
     def generate(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
-        """As `common.generate`. The first batch of a model shows whether the server samples from it."""
+        """As `common.generate`. The first batch of a model, and the first response of every further one, show whether the server
+        samples from it."""
         ids, said = map(list, zip(*self.sample(vlm, prompts.records, temperature, length, seed), strict=True))
         self.apart.append(torch.cat(said))
-        if id(vlm) not in self.checked:
-            self.checked.add(id(vlm))
-            with torch.no_grad():
-                batch = common.add_responses(vlm, prompts, ids)
-                self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - self.apart[-1])
+        shown = 1 if id(vlm) in self.checked else len(ids)
+        self.checked.add(id(vlm))
+        with torch.no_grad():
+            batch = collate(vlm, prompts.records[:shown], ids[:shown])
+            self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - torch.cat(said[:shown]))
         return ids
 
     def check(self, apart: torch.Tensor) -> float:
@@ -238,8 +241,8 @@ def main(argv: list[str] | None = None, name: str | None = None) -> None:
         "--max-mismatch", type=float, default=0.1, help="nats a token, beyond which it is another model (as is 10 x the first)"
     )
     args, flags = parser.parse_known_args(argv)
-    if not (args.concurrency > 0 and 0 < args.patience < 1e6 and args.max_mismatch > 0):
-        common.usage_error("--concurrency, --patience and --max-mismatch must be positive, --patience below 1e6")
+    if not (0 < args.concurrency <= 1024 and 0 < args.patience < 1e6 and args.max_mismatch > 0):
+        common.usage_error("--concurrency must be 1 to 1024, --patience and --max-mismatch must be positive, --patience below 1e6")
     script = importlib.import_module(name)
     given = script.parse_args(flags)
     relevel, ckpt = getattr(given, "relevel", None), getattr(given, "ckpt", None)
@@ -267,4 +270,5 @@ def main(argv: list[str] | None = None, name: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    common.usage_error(len(sys.argv) != 3 and "needs the folder of a model and that of its copy")
     copy_for_vllm(*sys.argv[1:])

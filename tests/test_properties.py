@@ -14,7 +14,7 @@ import common
 import warmup
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 cases = settings(
@@ -101,6 +101,7 @@ def test_an_answer_is_text_or_none(chain, choices):
 @cases
 @given(st.binary(max_size=60), st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3), max_size=3))
 def test_lines_are_read_or_refused(tmp_path, tail, records):
+    assume(not common.HALF.search(json.dumps(records, ensure_ascii=False)))  # which no file takes
     path = tmp_path / "lines.jsonl"
     common.write_jsonl(path, records)
     with open(path, "ab") as file:

@@ -205,7 +205,10 @@ def test_an_answer_that_cannot_be(server, base, records, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "trouble, patience, line",
-    [(400, 60, "fails (BadRequestError"), ("hang", 0.4, "fails; once it is back, the same command goes on (Time")],
+    [
+        (400, 60, "fails (BadRequestError"),
+        ("hang", 0.4, "fails; once it is back, the same command goes on from what is saved (Time"),
+    ],
 )
 def test_what_lasts_and_what_passes(server, base, records, capsys, trouble, patience, line):
     server.models["m"], server.trouble = base, [trouble]
@@ -275,7 +278,12 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
     server.swapped = base
     line = refused(capsys, f"{server.url}/v1/", evaluate, *flags, tmp_path / "x")
     assert "samples from another model: mismatch = " in line
-    server.swapped = None
+    server.swapped, chat = None, server.chat
+    n = len(server.requests)  # another model behind the first batch
+    server.chat = lambda request: chat(request | ({"model": folders.base} if len(server.requests) > n + 2 else {}))
+    assert "samples from another model: mismatch = " in refused(capsys, server, evaluate, *flags, tmp_path / "y")
+    assert len(common.read_jsonl(tmp_path / "y" / "predictions.jsonl")) == 2
+    server.chat = chat
     for name in ("collate", "generate"):
         setattr(common, name, original[name])
     evaluate.main([*flags, str(tmp_path / "r")])
@@ -286,13 +294,15 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
 def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     flags = [estimate, *folders.flags, "--out", tmp_path / "e"]
-    assert "does not answer (APIConnectionError" in refused(capsys, "http://127.0.0.1:9", *flags)
+    assert "does not answer, or not as OpenAI's do (APIConnectionError: Connection error. [Errno" in refused(
+        capsys, "http://127.0.0.1:9", *flags
+    )
     server.models = {"another": base}
     assert f"serves another and no {folders.base}" in refused(capsys, server, *flags)
     server.models, server.ready = {folders.base: base}, False
-    assert "does not answer (InternalServerError" in refused(capsys, server, *flags)
+    assert "does not answer, or not as OpenAI's do (InternalServerError" in refused(capsys, server, *flags)
     server.ready = server.refuses = True
-    assert "takes no adapter, as vLLM" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
+    assert "takes no adapter (vLLM: --enable-lora" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
     assert "full weights cannot be sent" in refused(capsys, server, ppo, "--ckpt", folders.base)
     for flag, value in (("--concurrency", "0"), ("--patience", "inf"), ("--max-mismatch", "0")):
         assert "must be positive" in refused(capsys, server, *flags, flag, value)
@@ -313,7 +323,7 @@ def test_ppo(server, base, folders, tmp_path, capsys):
     another model in the policy's place ends it, too, and the last checkpoint is kept."""
     server.models[folders.base], server.dies_after = base, 3  # in the second update
     line = refused(capsys, server, ppo, *ppo_flags(folders, tmp_path / "p"))
-    assert "fails; once it is back, the same command goes on (APIConnectionError" in line
+    assert "fails; once it is back, the same command goes on from what is saved (APIConnectionError" in line
     assert len(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == 1
     server.dies_after, before = 10**9, len(server.posted)  # it is back
     through(server, ppo, *ppo_flags(folders, tmp_path / "p"))
