@@ -24,6 +24,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -59,6 +60,7 @@ from tqdm import tqdm
 
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
+LEVELS = range(1, N_LEVELS + 1)
 NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
 INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
@@ -132,10 +134,11 @@ def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = 
                 options |= {"choices": kind, "nargs": "+" if isinstance(options["default"], list) else None}
             group.add_argument(f"--{name.replace('_', '-')}", **options)
     args, problems = parser.parse_args(argv), []
-    for name, (kind, *_) in (item for flags in groups.values() for item in flags.items()):
-        values = np.atleast_1d(getattr(args, name))
-        if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
-            problems.append(f"--{name.replace('_', '-')} {kind.rule}")
+    for flags in groups.values():
+        for name, (kind, *_) in flags.items():
+            values = np.atleast_1d(getattr(args, name))
+            if isinstance(kind, Kind) and not all(value is None or kind.allowed(value) for value in values):
+                problems.append(f"--{name.replace('_', '-')} {kind.rule}")
     usage_error(*problems, *check(args))
     for name in PLACES:  # later stages may start elsewhere
         path = getattr(args, name, None)
@@ -149,7 +152,7 @@ def fill_defaults(args: argparse.Namespace, groups: dict[str, dict], data: str) 
     for flags in groups.values():
         for name, (_, *defaults, _) in flags.items():
             if len(defaults) == 2 and getattr(args, name) is None:
-                setattr(args, name, defaults[0 if data.startswith("digits") else 1])
+                setattr(args, name, defaults[not data.startswith("digits")])
 
 
 @contextlib.contextmanager
@@ -188,7 +191,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """The one way to write a file: under another name, flushed, then renamed, so that nothing ever leaves half of it."""
+    """Write a file under another name, flush it, then rename it: nothing ever leaves half of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     yield temporary
@@ -209,12 +212,14 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
     return records
 
 
-def read_finished(folder: str | Path, name: str, *keys: str) -> list[dict]:
-    """The records of a file that an earlier stage has finished; exits with code 2 where one lacks a key or its picture is gone."""
+def read_finished(folder: str | Path, name: str, key: str) -> list[dict]:
+    """The questions, each with this key, of a file that an earlier stage has finished; exits with code 2 where one lacks something
+    or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
-    lacking = [f"line {n}, has no {key}" for n, record in enumerate(records, 1) for key in ("id", *keys) if key not in record]
+    needed = ("id", "image", "question", "reference", key)
+    lacking = [f"line {n}, has no {k}" for n, record in enumerate(records, 1) for k in needed if k not in record]
     usage_error(lacking and f"{folder}/{name}, {lacking[0]}")
-    gone = [path for path in (str(r.get("image")) for r in records) if not (os.path.isfile(path) and os.path.getsize(path))]
+    gone = [path for path in (str(r["image"]) for r in records) if not (os.path.isfile(path) and os.path.getsize(path))]
     usage_error(not records and f"{folder}/{name} holds no question")
     usage_error(gone and f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}")
     return records
@@ -251,9 +256,10 @@ class Run:
         self.device = args.device if self.accelerator.num_processes == 1 else str(self.accelerator.device)
         if self.accelerator.is_main_process:
             resolved = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "tracker", *free)}
-            places = {name: resolved[name] for name in INPUTS if resolved.get(name) and os.path.exists(resolved[name])}
+            places = {name: path for name in INPUTS if os.path.exists(path := resolved.get(name) or "")}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
-            used = {path for of in (setup, vars(args)) for name in PLACES if os.path.exists(path := of.get(name) or "")}
+            named = [(name, of.get(name)) for of in (setup, vars(args)) for name in PLACES]
+            used = {path for name, path in named if path and (name == "cache" or os.path.exists(path))}
             self._take_folder(json.loads(json.dumps(resolved)), places.values(), used)
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
@@ -264,16 +270,17 @@ class Run:
         elif tracker:
             self.accelerator.init_trackers(stage, {name: str(value) for name, value in vars(args).items()})
 
-    def _take_folder(self, resolved: dict, inputs: Iterable[str], used: Iterable[str]) -> None:
+    def _take_folder(self, resolved: dict, inputs: Collection[str], used: Iterable[str]) -> None:
         """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
         out = Path(os.path.realpath(self.out))
         new = [path for path in (out, *out.parents) if not path.exists()]
-        for path, outside in [(path, True) for path in inputs] + [(path, False) for path in used]:
-            path = Path(path).resolve()
-            if out == path or out in path.parents or (outside and path in out.parents):
-                usage_error(f"--out {self.out} is, holds or lies in what is read, {path}; choose another")
+        for path in [*inputs, *used]:
+            read = Path(path).resolve()
+            if out == read or out in read.parents or (path in inputs and read in out.parents):
+                usage_error(f"--out {self.out} is, holds or lies in what is read, {read}; choose another")
         held = [path for path in self.out.iterdir() if ".tmp" not in path.name] if self.out.is_dir() else []
-        foreign = held and not ((self.out / "run.json").is_file() and b'"stage"' in (self.out / "run.json").read_bytes())
+        own = self.out / "run.json"
+        foreign = held and not (own.is_file() and b'"stage"' in own.read_bytes())
         usage_error(foreign and f"{self.out}/ is not empty and holds no run of this project; choose another --out")
         try:
             if out in LOCKS:
@@ -285,8 +292,8 @@ class Run:
             usage_error(f"--out {self.out} cannot be written: {error}")
         NEW.update(new)
         if held and not self.overwrite:
-            record = read_object(self.out / "run.json", "args")["args"]
-            other = [name for name in {**record, **resolved} if record.get(name) != resolved.get(name)]
+            record = read_object(own, "args")["args"]
+            other = [name for name in record | resolved if record.get(name) != resolved.get(name)]
             names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
             usage_error(names and f"{self.out}/ holds a run with other settings ({names}); choose another --out or add --overwrite")
             if (self.out / "done").exists():
@@ -342,13 +349,13 @@ def lock(folder: Path, how: int = 0) -> contextlib.ExitStack:
 
 def fingerprint(path: str | Path) -> str:
     """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON and weights."""
-    files, digest = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)], hashlib.sha256()
-    for file in files:
-        result = file.suffix in (".json", ".jsonl", ".safetensors", ".jinja") and file.name not in ("log.jsonl", "run.json")
-        if file == Path(path) or (result and file.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        result = file.suffix in (".json", ".jsonl", ".safetensors", ".bin", ".jinja") and file.name not in ("log.jsonl", "run.json")
+        if file == path or (result and file.is_file()):
+            digest.update(f"{file.name * (file != path)} {file.stat().st_size} ".encode())
             with open(file, "rb") as opened:
-                for piece in iter(functools.partial(opened.read, 1 << 20), b""):
+                while piece := opened.read(1 << 20):
                     digest.update(piece)
     return digest.hexdigest()
 
@@ -365,7 +372,7 @@ def run_script(main: Callable, **beside: str) -> None:
         signal.signal(number, stop)
     try:
         for flag, name in beside.items():
-            if any(word.split("=")[0] == f"--{flag.replace('_', '-')}" for word in sys.argv[1:]):
+            if f"--{flag.replace('_', '-')}" in [word.split("=")[0] for word in sys.argv]:
                 sys.path.insert(0, str(Path(__file__).parent / "tests"))
                 main = importlib.import_module(name).main
         main()
@@ -374,12 +381,15 @@ def run_script(main: Callable, **beside: str) -> None:
         raise SystemExit(1) from None
 
 
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
     """Add up the gradients of all processes, whose losses are normalised by the whole batch."""
-    for parameter in module.parameters() if accelerator.num_processes > 1 else ():
-        if parameter.requires_grad:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, "sum")
+    for parameter in trainable(module) if accelerator.num_processes > 1 else ():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, "sum")
 
 
 def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable) -> list[dict]:
@@ -397,8 +407,8 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
             new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
             run.write(append_jsonl, name, new)
             lines += new
-            tally.update(line["answer_correct"] for line in new if "answer_correct" in line)
-            tally.update(s["correct"] for line in new if "answer_correct" not in line for s in line["sentences"])
+            for line in new:
+                tally.update([line["answer_correct"]] if "answer_correct" in line else [s["correct"] for s in line["sentences"]])
             bar.update(len(new))
             bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
     whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
@@ -420,28 +430,27 @@ class Training:
     max_kl: float = math.inf
 
     def __iter__(self) -> Iterator[int]:
-        self.run.begin()
-        start = load_checkpoint(self.run.out / "trainer_state.pt", self.modules, self.optimizers)
-        self.log = read_jsonl(self.run.out / "log.jsonl")[:start]
-        usage_error(len(self.log) < start and f"{self.run.out}/log.jsonl is damaged: {len(self.log)} lines of {start} steps")
-        self.run.write(write_jsonl, "log.jsonl", self.log)
-        hidden = not self.run.accelerator.is_main_process
-        with tqdm(total=self.steps, initial=start, desc=self.run.stage, disable=hidden) as self.bar:
+        run = self.run
+        run.begin()
+        start = load_checkpoint(run.out / "trainer_state.pt", self.modules, self.optimizers)
+        self.log = read_jsonl(run.out / "log.jsonl")[:start]
+        usage_error(len(self.log) < start and f"{run.out}/log.jsonl is damaged: {len(self.log)} lines of {start} steps")
+        run.write(write_jsonl, "log.jsonl", self.log)
+        with tqdm(total=self.steps, initial=start, desc=run.stage, disable=not run.accelerator.is_main_process) as self.bar:
             yield from range(start, self.steps)
 
     def record(self, row: dict, *shown: str) -> None:
         """Log a step's row, show some of its figures, save a checkpoint every now and then and at the end."""
-        watched = {name: row[name] for name in ("loss", "kl", "value_loss", "reward") if name in row}
-        wrong = [name for name, x in watched.items() if not math.isfinite(x) or (name == "kl" and x > self.max_kl)]
-        figures = ", ".join(f"{name} = {row[name]:.3g}" for name in wrong)  # log and last checkpoint stay as they are
-        usage_error(wrong and f"training went astray at step {len(self.log)}: {figures}")
+        bounds = {"loss": math.inf, "kl": self.max_kl, "value_loss": math.inf, "reward": math.inf}
+        wrong = [f"{name} = {row[name]:.3g}" for name, bound in bounds.items() if not abs(row.get(name, 0)) < bound]  # or NaN
+        usage_error(wrong and f"training went astray at step {len(self.log)}: {', '.join(wrong)}")  # the last checkpoint stays
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         self.bar.update()
         self.run.accelerator.log(row, step=len(self.log))
         self.log.append({name: None if math.isnan(value) else value for name, value in row.items()})  # NaN is no JSON
         self.run.write(append_jsonl, "log.jsonl", self.log[-1:])
         if len(self.log) % self.save_every == 0 or len(self.log) == self.steps:
-            sound = all(p.isfinite().all() for m in self.modules.values() for p in m.parameters() if p.requires_grad)
+            sound = all(p.isfinite().all() for module in self.modules.values() for p in trainable(module))
             usage_error(not sound and f"training went astray by step {len(self.log)}: weights are not finite")
             self.run.write(save_checkpoint, "trainer_state.pt", self.modules, self.optimizers, len(self.log))
 
@@ -496,7 +505,7 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
 
 def digit_chain(family: str, left: int, right: int, slip: int = 0) -> dict[str, list[str]]:
     """The reference chain, exact at both levels; `slip`: by how much a sum or difference is wrong."""
-    high, low = max(left, right), min(left, right)
+    low, high = sorted((left, right))
     step, answer = {
         "sum": (f"{left} plus {right} is {left + right + slip}.", left + right + slip),
         "difference": (f"{high} minus {low} is {high - low + slip}.", high - low + slip),
@@ -591,7 +600,7 @@ def find_picture(image: str, roots: Sequence, take: Callable) -> str:
         path = next(filter(os.path.isfile, inside))
         with Image.open(path) as picture:
             size = picture.size
-            if size[0] * size[1] > MAX_PIXELS or max(size) > 65535:
+            if math.prod(size) > MAX_PIXELS or max(size) > 65535:
                 raise ValueError
             picture.draft("RGB", (1, 1))  # a JPEG is read to its end, at an eighth of its size
             as_seen(picture)
@@ -649,13 +658,12 @@ def load_data(name: str, data_dir=None, split="train", limit=None, require_image
         if not original and name != "culturalvqa" and (split, held_out) in (("train", True), ("validation", False)):
             continue
         seen[key] += 1  # a question annotated twice counts as two
-        record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}"}
-        try:
+        record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}", "image": "", "flaw": "malformed"}
+        with contextlib.suppress(*MALFORMED):
             image = int(row["image_id"]) if name == "aokvqa" else key
             places = [place / pattern.format(part=part, image=image) for place in folders for pattern in images]
-            records.append(record | {"image": str(next(filter(Path.is_file, places), places[0]))} | read_row(row, published))
-        except MALFORMED:
-            records.append(record | {"image": "", "flaw": "malformed"})
+            record |= {"image": str(next(filter(Path.is_file, places), places[0]))} | read_row(row, published)
+        records.append(record)
     sound = [record["image"] for record in records if not record["flaw"]]
     if require_images and sound and not any(Path(image).is_file() for image in sound):
         usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
@@ -734,9 +742,9 @@ def usable(records: Sequence[dict], needed: Sequence[str], allow_bad: bool, limi
         processor = transformers.AutoProcessor.from_pretrained(model) if model else None
     take = functools.cache(lambda size: bool(processor and processor.image_processor([[Image.new("RGB", size)]])))
     for record in records:
-        lacking = [name for name in needed if not isinstance(record.get(name), str) or not record[name]]
+        lacking = (f"no {name}" for name in needed if not isinstance(record.get(name), str) or not record[name])
         broken = HALF.search(json.dumps(record, ensure_ascii=False))
-        reason = record.get("flaw") or next((f"no {name}" for name in lacking), "malformed" if broken else None)
+        reason = record.get("flaw") or next(lacking, "malformed" if broken else None)
         wanted = limit is None or len(good) < limit
         if not reason and wanted and roots:
             try:
@@ -778,12 +786,11 @@ class VLM:
 
 def make_vlm(model: nn.Module, processor) -> VLM:
     """Note a model's end tokens and forget how it would sample; no dropout, so that every pass computes the same policy."""
-    text, base = model.config.get_text_config(), model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = [processor.tokenizer.eos_token_id]
-    for more in (model.generation_config.eos_token_id, getattr(text, "eos_token_id", None)):
+    tokenizer, base = processor.tokenizer, model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = [tokenizer.eos_token_id]
+    for more in (model.generation_config.eos_token_id, getattr(model.config.get_text_config(), "eos_token_id", None)):
         ends += more if isinstance(more, list) else [more]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
-    tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = ends[0]  # any would do: padding is masked
     names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -820,11 +827,12 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": args.dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    adapted = (Path(path) / "adapter_config.json").exists()
-    bare_adapter = adapted and not any(Path(path).glob("adapter_model.*"))  # PEFT would ask the hub
-    usage_error(bare_adapter and f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
+    adapter = Path(path, "adapter_config.json")
+    adapted = adapter.exists()
+    if adapted and not any(adapter.parent.glob("adapter_model.*")):  # PEFT would ask the hub
+        usage_error(f"{path}/ holds an adapter without its weights: adapter_model.safetensors missing")
     with loading("model", path):
-        base = read_json(Path(path) / "adapter_config.json")["base_model_name_or_path"] if adapted else path
+        base = read_json(adapter)["base_model_name_or_path"] if adapted else path
         processor = transformers.AutoProcessor.from_pretrained(path)
         model = transformers.AutoModelForImageTextToText.from_pretrained(base, **options)
         if adapted:
@@ -850,11 +858,11 @@ def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
     n = int(os.environ.get("WORLD_SIZE", 1))
-    adapter = getattr(args, "lora_rank", 0) or (Path(path) / "adapter_config.json").exists()
     problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
+    if getattr(args, "lora_rank", 0) or Path(path, "adapter_config.json").exists():
+        return problems
     flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
-    refused = [flag for flag, given in flags.items() if given and not adapter]
-    return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag in refused]
+    return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag, given in flags.items() if given]
 
 
 def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -981,9 +989,9 @@ def add_responses(vlm: VLM, prompts: Batch, responses: Sequence[Sequence[int]]) 
 
 def response_ids(vlm: VLM, responses: Sequence[str], finished: Sequence[bool] = ()) -> list[list[int]]:
     """Token ids of responses written as text, each closed by the end-of-sequence token, unless it was not `finished`."""
-    ends = [vlm.end_tokens[:1] if whole else [] for whole in finished or [True] * len(responses)]
-    texts = [vlm.special.sub(" ", text) for text in responses]
-    return [vlm.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
+    finished = finished or [True] * len(responses)
+    rows = [vlm.tokenizer(vlm.special.sub(" ", text), add_special_tokens=False)["input_ids"] for text in responses]
+    return [ids + vlm.end_tokens[:1] * whole for ids, whole in zip(rows, finished, strict=True)]
 
 
 @torch.no_grad()
@@ -1025,15 +1033,14 @@ def images_encoded_once(vlm: VLM) -> Iterator[None]:
 def read_response(tokenizer, ids: Sequence[int]) -> Response:
     """Text of token ids (special tokens left out) and the characters that each token adds to it."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    pieces = [_piece(tokenizer, token) for token in ids]
+    pieces, ends = [_piece(tokenizer, token) for token in ids], [0]
     if "".join(pieces) == text:
-        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        ends += itertools.accumulate(map(len, pieces))
     else:  # tokens that share a character, or whose spaces depend on their neighbours: decode every prefix
-        ends = []
         for n in range(1, len(ids) + 1):
             prefix = tokenizer.decode(ids[:n], skip_special_tokens=True)
-            ends.append(len(prefix) if text.startswith(prefix) else (ends[-1] if ends else 0))
-    return Response(list(ids), text, list(zip([0, *ends[:-1]], ends, strict=True)))
+            ends.append(len(prefix) if text.startswith(prefix) else ends[-1])
+    return Response(list(ids), text, list(itertools.pairwise(ends)))
 
 
 @functools.cache
@@ -1062,8 +1069,7 @@ def response_statistics(vlm: VLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]
 
 def sft_loss(vlm: VLM, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the response tokens; prompt, image and padding carry no loss."""
-    logprob, _, _ = response_statistics(vlm, batch)
-    return -logprob.sum() / batch.mask.sum()  # eq. 9
+    return -response_statistics(vlm, batch)[0].sum() / batch.mask.sum()  # eq. 9
 
 
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -1151,12 +1157,12 @@ class SentenceEncoder:
             self.model = SentenceTransformer(name, device=device)
 
     @torch.no_grad()
-    def layers(self, texts: Sequence[str], layers: Sequence[int]) -> list[np.ndarray]:
-        """Unit vectors (n, d) of texts for each layer: mean hidden states, 0 the word embeddings, -1 the sentence."""
+    def layers(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Unit vectors (n, d) of texts: mean word embeddings, mean hidden states of the fourth layer, the sentence."""
         batch = self.model.tokenizer([f"{t}." for t in texts], padding=True, truncation=True, return_tensors="pt").to(self.device)
         hidden = self.model[0].auto_model(**batch, output_hidden_states=True).hidden_states
         mask = batch["attention_mask"].unsqueeze(-1)  # (n, L, 1)
-        return [F.normalize((hidden[i] * mask).sum(1), dim=-1).cpu().numpy() for i in layers]
+        return [F.normalize((hidden[i] * mask).sum(1), dim=-1).cpu().numpy() for i in (0, 4, -1)]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (n, d) of unit length, float32."""
@@ -1181,11 +1187,10 @@ class Similarity:
 
     def __init__(self, name: str | None = None, device: str = "cpu"):
         """name: a cross-encoder (a sequence classifier, or "cross-encoder/..." on the hub) or a sentence-transformers model."""
-        self.scores: dict[tuple[str, str], float] = {}
-        self.cross_encoder = self.encoder = None
+        self.scores, self.cross_encoder = {}, None  # of pairs of texts
         config = Path(name or "") / "config.json"
-        kinds = read_json(config).get("architectures") or [] if name and config.exists() else []
-        if "cross-encoder/" in (name or "") or any("SequenceClassification" in kind for kind in kinds):
+        kinds = read_json(config).get("architectures") if name and config.exists() else None
+        if "cross-encoder/" in (name or "") or "SequenceClassification" in str(kinds):
             from sentence_transformers import CrossEncoder
 
             with loading("cross-encoder", name):
@@ -1263,8 +1268,7 @@ def uncertainties(records, responses, steps: list, logprob: Tensor, entropy: Ten
     for row, step in sentences:
         offsets = responses[row].offsets
         tokens.append(step_tokens(offsets, step.start, step.end))
-        spans = [(max(offsets[i][0], step.start), min(offsets[i][1], step.end)) for i in tokens[-1]]
-        pieces = [(a - step.start, b - step.start) for a, b in spans]
+        pieces = [(max(offsets[i][0] - step.start, 0), min(offsets[i][1], step.end) - step.start) for i in tokens[-1]]
         asked.append((records[row]["question"], f"{responses[row].text[step.start : step.end]}.", pieces))
     relevance = token_relevance(asked, similarity)
     cosine = clip([records[row]["image"] for row, _ in sentences], [step.text for _, step in sentences])
@@ -1331,12 +1335,11 @@ def self_consistency(vlm: VLM, records: list[dict], chains: list[list[str]], mat
 
 def normalize(raw: np.ndarray, confidence: dict) -> np.ndarray:
     """Raw uncertainties (n, 4) -> [0, 1], by the stored minima and maxima (a constant estimator maps to 0) or by quantiles."""
-    low, high = np.array(confidence["min"]), np.array(confidence["max"])
-    unit = ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
     if "quantiles" in confidence:
         ranks = np.linspace(0, 1, len(confidence["quantiles"][0]))
-        unit = np.stack([np.interp(u, of, ranks) for u, of in zip(raw.T, confidence["quantiles"], strict=True)], 1)
-    return unit
+        return np.stack([np.interp(u, of, ranks) for u, of in zip(raw.T, confidence["quantiles"], strict=True)], 1)
+    low, high = np.array(confidence["min"]), np.array(confidence["max"])
+    return ((raw - low) / np.where(high > low, high - low, np.inf)).clip(0, 1)
 
 
 def fuse(raw: np.ndarray, confidence: dict, starts: Sequence[int] = ()) -> np.ndarray:
@@ -1483,7 +1486,7 @@ class StatementReader:
         """layout: as warmup.py --layout wrote them, a statement after each sentence, or behind the last one (`after`, `once`)."""
         self.encoder, self.layout = sentence_encoder(encoder, device), layout
         self.pool = {plain(text): level for level, texts in load_statements().items() for text in texts}
-        self.seen: dict[str, int | None] = {}  # PPO meets the same wordings again and again
+        self.seen = {}  # wording: its level or None; PPO meets the same wordings again and again
 
     def parse(self, texts: Sequence[str]) -> list[list[Step]]:
         """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own."""
@@ -1494,7 +1497,7 @@ class StatementReader:
             if self.layout != "each":
                 parsed.append(self._match_behind(sentences))
                 continue
-            steps: list[Step] = []
+            steps = []
             for (step, raw), (_, behind) in zip(sentences, [*sentences[1:], (None, "")], strict=False):
                 gap, level = self._find_clause(raw)
                 if level and self._known(plain(behind)) and not self._known(plain(raw[gap.end() :])):
@@ -1514,9 +1517,12 @@ class StatementReader:
 
     def _match_behind(self, sentences: list[tuple[Step, str]]) -> list[Step]:
         """Layouts `after` and `once`: all sentences, then the statements, each given to its sentence in order, or one to all."""
-        levels = self.levels([raw for _, raw in sentences])
-        found = [(step, level) for (step, _), level in zip(sentences, levels, strict=True)]
-        steps, said = [step for step, level in found if not level], [(step, level) for step, level in found if level]
+        steps, said = [], []
+        for (step, _), level in zip(sentences, self.levels([raw for _, raw in sentences]), strict=True):
+            if level:
+                said.append((step, level))
+            else:
+                steps.append(step)
         for step, (statement, level) in zip(steps, said[:1] * len(steps) if self.layout == "once" else said, strict=False):
             step.statement, step.level, step.said, step.stop = statement.text, level, statement.start, statement.stop
         return steps
@@ -1552,7 +1558,7 @@ class StatementReader:
 
     def _vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""
-        words, middle, sentence = self.encoder.layers(texts, (0, 4, -1))
+        words, middle, sentence = self.encoder.layers(texts)
         return np.concatenate([words, middle, sentence], 1) / 3**0.5, np.concatenate([middle, sentence], 1) / 2**0.5
 
     @functools.cached_property
@@ -1576,12 +1582,12 @@ class Matcher:
     """Tells which generated sentences say the same as which reference sentences, for many responses at once. name: "exact"
     (normalised text) or a model as in `Similarity`, matched at or above `threshold` (App. D.3)."""
 
-    def __init__(self, name: str = "exact", threshold: float = 0.64, device: str = "cpu"):
+    def __init__(self, name: str = "exact", device: str = "cpu", threshold: float = 0.64):
         self.threshold, self.similarity = threshold, None if name == "exact" else Similarity(name, device)
 
     def __call__(self, generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Sentences of n responses and of their n reference chains -> n arrays, bool (generated, reference)."""
-        pairs = [[(a, b) for a in said for b in facts] for said, facts in zip(generated, references, strict=True)]
+        pairs = [[*itertools.product(said, facts)] for said, facts in zip(generated, references, strict=True)]
         if self.similarity:
             self.similarity([pair for part in pairs for pair in part])  # in one go; looked up below
         matched = []

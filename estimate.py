@@ -1,13 +1,13 @@
 """Stage 1: the model's own reasoning chains, and its internal confidence in every sentence (sec. 3.1.1).
 
 The base model answers each training question at temperature 0.1 (App. B). Each sentence of the answer gets four uncertainties:
-length-normalised log-probability (eq. 3), mean token entropy (eq. 4), TokenSAR (eq. 5) and CLIPScore (eq. 6). They are min-max
+length-normalised log-probability (eq. 3), mean token entropy (eq. 4), TokenSAR (eq. 5) and 1 - CLIPScore (eq. 6). They are min-max
 normalised over the data set, summed with weights (eq. 7), and cut into the levels 5 (sure) to 1 (unsure) at mu - s, mu + s, ...
 Writes to --out: responses.jsonl (a question a line, its sentences with uncertainties and levels), confidence.json (all that later
 stages need to measure on the same scale), confidence.png.
 
 Choices beyond the paper
- 1. A sentence is `correct` when it matches a sentence of the reference chain; only the summary and --levels calibrated see it.
+ 1. A sentence is `correct` when it matches a sentence of the reference chain; no level but those of --levels calibrated sees it.
  2. Sampling is seeded batch by batch: an interrupted run, or several processes (`accelerate launch estimate.py`), draw the same.
 
     python estimate.py                                # the digits world, nothing to download
@@ -40,7 +40,7 @@ FLAGS = {
         "data_dir": (TEXT, None, "folder with the published annotations and the images (default: the Hugging Face hub)"),
         "responses": (TEXT, None, "measure the responses of a .jsonl file (id, image, question, response) by --model"),
         "allow_bad_records": (SWITCH, False, "go on when more than a fifth of the records is unusable"),
-        "limit": (COUNT, 3000, None, "number of questions; of given responses all"),
+        "limit": (COUNT, 3000, None, "number of questions of each data set; of given responses all"),
         "noise_scale": (POSITIVE, 1.0, "digits: multiplies the noise of every image"),
         "cache": (TEXT, "cache", "where the digits world keeps its models and images"),
     },
@@ -68,14 +68,17 @@ FLAGS = {
 
 
 def find_problems(args: argparse.Namespace) -> list:
-    blind, given = args.levels == "calibrated" and args.responses, args.responses
-    unknown = args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
-    measured = [name for name in ("limit", "data_dir", "model", "clip", "matcher", "similarity") if getattr(args, name) is not None]
+    given, unknown = args.responses, args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
+    measured = [
+        name
+        for name in ("limit", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")
+        if getattr(args, name) is not None
+    ]
     return [
         unknown and f"--clip {args.clip} is neither a folder nor NAME/TAG",
         args.relevel and measured and f"--relevel takes what is measured already, whatever --{measured[0].replace('_', '-')} says",
+        "digits" in args.data and len(args.data) > 1 and "--data digits goes with no other data",
         not any(args.weights) and "--weights must not be all 0",
-        blind and "--levels calibrated needs reference chains, which given responses lack",
         given and args.relevel and "--relevel takes measured responses, --responses measures others",
         given and not Path(given).is_file() and f"no such file: {given}",
     ]
@@ -98,7 +101,7 @@ def build_digits_processor():
     chains = [common.digit_chain(family, a, b) for family in FAMILIES for a in range(10) for b in range(10)]
     corpus = [" ".join(chain["image"] + chain["reasoning"]) for chain in chains]
     statements = [text for texts in common.load_statements().values() for text in texts]
-    statements += [f"with confidence {level} of {common.N_LEVELS}." for level in range(1, common.N_LEVELS + 1)]
+    statements += [f"with confidence {level} of {common.N_LEVELS}." for level in common.LEVELS]
     corpus += [f"The left digit is 3, {text} {text}" for text in statements]
     corpus += [f"USER: {question} ASSISTANT:" for question in FAMILIES.values()]
     tokenizer = Tokenizer(models.BPE())
@@ -179,7 +182,6 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     model, tokenizer = build_digits_clip(folder)
     head = torch.nn.Linear(64, 20)
     scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
-    tokens = functools.cache(lambda sentence: tokenizer(sentence)[0])
 
     def encode_images(images: Sequence[np.ndarray]) -> torch.Tensor:
         return model.encode_image(torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1)
@@ -193,13 +195,12 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
         captions = list(dict.fromkeys(sentence for truth in truths for sentence in truth))
         target = torch.tensor([[float(caption in truth) for caption in captions] for truth in truths])  # (images, captions)
         v = F.normalize(encode_images(images), dim=-1)
-        s = F.normalize(model.encode_text(torch.stack([tokens(caption) for caption in captions])), dim=-1)
+        s = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
         return F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
 
     tower = [*model.visual.parameters(), *head.parameters()]
     train_on_digits(tower, reading_loss, steps[0], 256, 2e-3, seed, noise_scale, "digits vision", clear=steps[0] * 2 // 3)
-    both = [scale, bias, *(p for p in model.parameters() if p.requires_grad)]
-    train_on_digits(both, pairing_loss, steps[1], 128, 3e-3, seed, noise_scale, "digits CLIP")
+    train_on_digits([scale, bias, *common.trainable(model)], pairing_loss, steps[1], 128, 3e-3, seed, noise_scale, "digits CLIP")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
@@ -235,8 +236,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
             batch.mask[row, positions] = False
         return common.sft_loss(vlm, batch)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    train_on_digits(trained, loss_of, steps, 64, 3e-3, seed, noise_scale, "digits base model", clear=steps // 2)
+    train_on_digits(common.trainable(model), loss_of, steps, 64, 3e-3, seed, noise_scale, "digits base model", clear=steps // 2)
     common.save_model(vlm, folder)
 
 
@@ -306,35 +306,34 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
 
 def summarize(lines: list[dict]) -> None:
     """Print how well each uncertainty tells wrong sentences from right ones, and what the levels hold."""
-    sentences = common.all_sentences(lines)
-    wrong, part = (np.array([sentence[name] for sentence in sentences]) for name in ("correct", "part"))
-    known, wrong = all(right is not None for right in wrong), ~wrong.astype(bool)
+    names, sentences = (*ESTIMATORS, "u", "correct", "part", "level"), common.all_sentences(lines)
+    *values, right, part, levels = (np.array([sentence[name] for sentence in sentences]) for name in names)
+    known, wrong = None not in right, ~right.astype(bool)
     matching = f", {1 - wrong.mean():.3f} of them match a reference chain" * known
     print(f"\n{len(lines)} questions, {len(sentences)} sentences{matching}")
-    for name in ESTIMATORS:
-        values = [sentence[name] for sentence in sentences]
-        if max(values) > 100 * np.quantile(values, 0.99):
+    for name, u in zip(ESTIMATORS, values, strict=False):
+        if u.max() > 100 * np.quantile(u, 0.99):
             print(f"  {name}: the largest is over 100 x the 99th percentile and squeezes all others; see --normalize rank")
     print("AUROC (wrong against right)      all   image  reasoning" * known)
-    for name in (*ESTIMATORS, "u") if known else ():
-        values = np.array([sentence[name] for sentence in sentences])
-        cells = [common.auroc(values[rows], wrong[rows]) for rows in (part != "", part == "image", part == "reasoning")]
-        print(f"  {'U_Final' if name == 'u' else name:28s} {'   '.join(f'{cell:5.3f}' for cell in cells)}")
-    levels = np.array([sentence["level"] for sentence in sentences])
-    for level in range(common.N_LEVELS, 0, -1):
+    for name, u in zip((*ESTIMATORS, "U_Final"), values, strict=True) if known else ():
+        cells = [common.auroc(u[rows], wrong[rows]) for rows in (part != "", part == "image", part == "reasoning")]
+        print(f"  {name:28s} {'   '.join(f'{cell:5.3f}' for cell in cells)}")
+    for level in reversed(common.LEVELS):
         right = f", {1 - wrong[levels == level].mean():.2f} correct" if known and level in levels else ""
         print(f"  level {level}: {(levels == level).mean():6.1%} of the sentences{right}")
 
 
 def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
-    """U_Final of right and wrong sentences with its cuts."""
+    """U_Final of right and wrong sentences (or of those of which nobody knows) with its cuts."""
     from matplotlib.figure import Figure
 
     sentences = common.all_sentences(lines)
-    right, wrong = ([sentence["u"] for sentence in sentences if bool(sentence["correct"]) is ok] for ok in (True, False))
+    kinds = {"right": True, "wrong": False, "right or wrong, not known": None}
+    values = {name: [sentence["u"] for sentence in sentences if sentence["correct"] is kind] for name, kind in kinds.items()}
+    values, colors = {name: of for name, of in values.items() if of}, {"right": "#4477aa", "wrong": "#ee6677"}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    axis.hist([right, wrong], bins=50, stacked=True, color=["#4477aa", "#ee6677"], label=["right", "wrong"])
+    axis.hist([*values.values()], bins=50, stacked=True, color=[colors.get(name, "0.6") for name in values], label=[*values])
     for edge in confidence["edges"]:
         axis.axvline(edge, color="black", linestyle="--", linewidth=1)
     axis.set(xlabel="$U_{Final}$; dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences", yscale="log", xlim=(0, 1))
@@ -347,7 +346,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.relevel:
         setup = common.read_run(args.relevel, "responses.jsonl")["setup"]
         common.fill_defaults(args, FLAGS, setup["data"])
-        return setup, common.read_finished(args.relevel, "responses.jsonl", "image", "question", "reference", "sentences")
+        return setup, common.read_finished(args.relevel, "responses.jsonl", "sentences")
     args.data, limit = "+".join(args.data), args.limit
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
@@ -360,7 +359,7 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     roots = (Path(args.responses).parent, args.data_dir or args.cache)
     blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
     for record in given:
-        parts = record.get("reference", blank["reference"])
+        parts = record["reference"] = record.get("reference") or blank["reference"]
         lists = [parts.get("image"), parts.get("reasoning"), record.get("choices") or []] if isinstance(parts, dict) else [None]
         sound = all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
         record["flaw"] = None if sound else "malformed reference or choices"
@@ -371,6 +370,8 @@ def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup, records = read_questions(args)
+    blind = args.levels == "calibrated" and not all(map(common.reference_chain, records))
+    common.usage_error(blind and "--levels calibrated needs reference chains, which some responses lack")
     run = common.Run("estimate", args, setup)
     if run.finished:
         return
@@ -382,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.relevel:
         clip, similarity = common.ClipScorer(setup["clip"], run.device), common.Similarity(setup["similarity"], run.device)
     if not args.relevel or args.levels == "consistency":
-        matcher, vlm = common.Matcher(setup["matcher"], device=run.device), common.load_model(setup["model"], args, run.device)
+        matcher, vlm = common.Matcher(setup["matcher"], run.device), common.load_model(setup["model"], args, run.device)
 
     def answer(batch: list[dict], start: int) -> list[dict]:
         seed = args.seed * 1_000_000 + start

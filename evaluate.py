@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import jinja2
@@ -28,9 +29,8 @@ import numpy as np
 import scipy
 
 import common
-from common import COUNT, DIGITS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
+from common import COUNT, DIGITS, LEVELS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
 
-LEVELS = (1, 2, 3, 4, 5)
 PARTS = ("image", "reasoning")
 FILLERS = set("a an and as at by for from in is it of on or so that the this to with image picture".split())  # answer nothing
 FLAGS = {
@@ -75,7 +75,7 @@ def ece(confidence, correct, n_bins: int = 10) -> float:
     bins, closed on the right: (0, .1], (.1, .2], ...; a confidence of 0 falls into the first bin."""
     if not len(confidence):
         return math.nan
-    gap = np.asarray(correct, dtype=float) - np.asarray(confidence, dtype=float)
+    gap = np.subtract(correct, confidence, dtype=float)
     bins = np.searchsorted(np.arange(1, n_bins) / n_bins, confidence, side="left")  # (N,)
     # |B|/n |sum(correct)/|B| - sum(confidence)/|B|| = |sum(correct - confidence)|/n, so empty bins need no special case
     return float(sum(abs(gap[bins == b].sum()) for b in range(n_bins)) / len(gap))
@@ -84,7 +84,7 @@ def ece(confidence, correct, n_bins: int = 10) -> float:
 def mece(predictions: list[dict]) -> float:
     """Multi-granular ECE: the mean over responses, but those without a statement, of the mean |correct - confidence|."""
     errors = [np.abs(correct - confidence) for confidence, correct in (stated([p]) for p in predictions)]  # eq. 15
-    return mean([mean(error) for error in errors if len(error)])  # eq. 16 within a response, eq. 17 over all
+    return mean([mean(error) for error in errors if len(error)])  # eq. 16: a response; # eq. 17: all
 
 
 def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
@@ -256,10 +256,10 @@ def thumbnail(path: str) -> dict | None:
 
 def write_report(predictions: list[dict], metrics: dict, path: Path, title: str, limit: int = 200) -> None:
     """One HTML file that needs no network and no other file: the figures, then a card for each of `limit` questions."""
-    shown, plot = predictions[:limit], Path(path).with_name("reliability.png")
-    figure, cards = plot.exists() and base64.b64encode(plot.read_bytes()).decode(), [(p, thumbnail(p["image"])) for p in shown]
-    about = {"title": title, "figures": table_row(metrics).items(), "plot": figure, "levels": LEVELS, "total": len(predictions)}
-    common.write_text(path, PAGE.render(about, cards=cards))
+    plot, cards = path.with_name("reliability.png"), [(p, thumbnail(p["image"])) for p in predictions[:limit]]
+    figure, figures = plot.exists() and base64.b64encode(plot.read_bytes()).decode(), table_row(metrics).items()
+    page = PAGE.render(title=title, figures=figures, plot=figure, levels=LEVELS, total=len(predictions), cards=cards)
+    common.write_text(path, page)
 
 
 # ------------------------------------------------------------------------------------------------------------- predictions
@@ -292,7 +292,7 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
     matches = matcher(chains, list(map(common.reference_chain, records)))
     if consistency:
         shares, drawn = common.self_consistency(vlm, records, chains, matcher, consistency, max_new_tokens, seed)
-        spent = spent + drawn
+        spent += drawn
         levels = common.to_level(1 - np.concatenate(shares), common.NEAREST).tolist()
         for step, level in zip(itertools.chain(*parsed), levels, strict=True):
             step.level = level
@@ -312,9 +312,11 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
 def read_setup(args: argparse.Namespace) -> dict:
     """The setup that a run of this project was made with; a base model has none and gets the data set's."""
     ckpt = Path(args.ckpt)
-    made, model = (any((ckpt / name).exists() for name in names) for names in (("run.json", "confidence.json"), ("config.json",)))
-    common.usage_error(not ckpt.is_dir() and f"no such folder: {ckpt}")
-    common.usage_error(not (made or model) and f"{ckpt} holds neither a model nor a run of warmup.py or ppo.py")
+    made = any((ckpt / name).exists() for name in ("run.json", "confidence.json"))
+    hub = not ckpt.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", args.ckpt)  # the name of an untrained model there
+    common.usage_error(not hub and not ckpt.is_dir() and f"no such folder: {ckpt}")
+    unknown = not made and not hub and not (ckpt / "config.json").exists()
+    common.usage_error(unknown and f"{ckpt} holds neither a model nor a run of warmup.py or ppo.py")
     base = {"data": "digits", "cache": "cache", "noise_scale": 1.0, "world_seed": args.seed}
     setup = common.read_run(ckpt)["setup"] if made else dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | base
     given = ("data", "data_dir", "noise_scale", "cache")
@@ -329,9 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("evaluate", args, setup)
     if run.finished:
         return
-    options = (args.split, args.limit, True, args.allow_bad_records, setup | {"model": args.ckpt})
-    records = common.load_data(setup["data"], setup["data_dir"], *options)
-    matcher = common.Matcher(setup["matcher"], device=run.device)
+    world = setup | {"model": args.ckpt}
+    records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, world)
+    matcher = common.Matcher(setup["matcher"], run.device)
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     vlm = common.load_model(args.ckpt, args, run.device)
 

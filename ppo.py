@@ -3,7 +3,7 @@
 Each update samples N responses for a batch of training questions, splits them into sentences z_t and statements c_t, and scores
     R_KA  knowledge accuracy: does z_t match the reference chain?                        eq. 10
     R_EC  expected calibration: 1 - 2 (I(z_t) - EV(c_t))^2                               eq. 11
-    R_CS  self-calibration: 1 - 2 (IV(z_t) - EV(c_t))^2, IV from the policy's own logits eq. 12
+    R_CS  self-calibration: 1 - 2 (IV(z_t) - EV(c_t))^2, IV by the policy's own logits   eq. 12
     R = alpha R_KA + beta R_EC + gamma R_CS                                              eq. 13
 then turns rewards into advantages (GAE) and takes clipped policy steps (eq. 14) with a penalty for leaving the warm-up policy.
 Reads the folder that warmup.py wrote. Writes the model, value_head.safetensors, confidence.json, log.jsonl, training.png.
@@ -16,11 +16,12 @@ Choices beyond the paper
  3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred; those of statements by their own, which is several times
-    smaller. No dropout anywhere; policy, old policy and reference come from the same forward pass, sampled at temperature 1.
+    smaller. No dropout anywhere; policy, old policy and reference come from the same forward pass, sampled at temperature 1. The
+    ratio of eq. 14 is a token's, and IV is the value of one of the five levels, as EV is.
  5. The value head is a two-layer network on the last hidden state, whose gradient stops there. It is also told I(z) and IV(z) of
     the sentences that ended before (an asymmetric critic, Pinto et al. 2018), which are settled when a statement begins. It is
     fitted on the rollout, some passes an update, without clipping (which slows it down: Andrychowicz et al. 2021), and alone in
-    the first updates, on undiscounted sums of rewards.
+    the first updates, on sums of rewards (lambda = 1).
  6. The reference is a frozen copy: of the adapter on the same base weights, or of the whole model but its image tower.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
 
@@ -93,8 +94,8 @@ class ValueHead(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(hidden_size + 3, 128), nn.Tanh(), nn.Linear(128, 1))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        for parameter in self.layers[2].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden: Tensor, known: Tensor) -> Tensor:
         return self.layers(torch.cat([hidden.float(), known], -1)).squeeze(-1)
@@ -134,16 +135,15 @@ def rollout(models: Models, reader, questions: list[dict], args, seed: int, firs
     """Sample args.samples responses a question from the policy, and keep what the update needs to know of them. first: how many
     other processes draw before these, so that no two draw with the same seed."""
     records = [question for question in questions for _ in range(args.samples)]
-    responses, measured = [], []
+    policy, responses, measured = models.policy, [], []
     for part in common.chunks(records, args.generate_batch):
-        with common.images_encoded_once(models.policy):
-            prompts = common.collate(models.policy, part)
-            part_seed = seed + 1_000_003 * (first + len(responses))
-            ids = common.generate(models.policy, prompts, 1.0, args.max_new_tokens, part_seed)
-            batch = common.add_responses(models.policy, prompts, ids)
-            statistics = (*common.response_statistics(models.policy, batch), reference_logprob(models, batch))
+        with common.images_encoded_once(policy):
+            prompts = common.collate(policy, part)
+            ids = common.generate(policy, prompts, 1.0, args.max_new_tokens, seed + 1_000_003 * (first + len(responses)))
+            batch = common.add_responses(policy, prompts, ids)
+            statistics = (*common.response_statistics(policy, batch), reference_logprob(models, batch))
         for row, tokens in enumerate(ids):
-            responses.append(common.read_response(models.policy.tokenizer, tokens))
+            responses.append(common.read_response(policy.tokenizer, tokens))
             measured.append([values[row, : len(tokens)].float().cpu() for values in statistics])
     logprob, entropy, hidden, ref_logprob = (pad_sequence(rows, batch_first=True) for rows in zip(*measured, strict=True))
     steps = reader.parse([response.text for response in responses])
@@ -187,8 +187,7 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
         if args.reward == "answer":  # SaySelf's: 1 - 2 (I - EV)^2 of the last sentence alone
             reward = terms[-1, 1] if steps else torch.tensor(-1.0)
         offsets = roll.responses[row].offsets
-        spans = [((step.start, step.end), (step.start if step.said is None else step.said, step.stop)) for step in steps]
-        ends = [[common.step_tokens(offsets, *span)[-1] for span in pair] for pair in spans]
+        ends = [[common.step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
         n_reference = len(common.reference_chain(roll.records[row]))
         place(scores[row, : len(offsets)], reward, weights * terms, ends, n_reference)
     return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))
@@ -217,9 +216,10 @@ def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list
     earned = paid = 0.0
     for t, ((ka, ec, cs), (sentence_end, statement_end)) in enumerate(zip(terms, ends, strict=True), 1):
         for term, token in ((ka, sentence_end), (ec + cs, statement_end)):
-            earned = earned + term
-            scores[token] += earned / max(t, n_reference) - paid
-            paid = earned / max(t, n_reference)
+            earned += term
+            share = earned / max(t, n_reference)
+            scores[token] += share - paid
+            paid = share
     scores[-1] += 0.0 if ends else reward
 
 
@@ -265,11 +265,11 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
     policy, sums, norms = models.policy, Counter(), []
     device, generator = policy.model.device, torch.Generator().manual_seed(seed)
     for _ in range(args.epochs):
-        for mb_rows in torch.randperm(len(roll.records), generator=generator).chunk(args.minibatches):
+        for mb_rows in torch.randperm(len(roll.records), generator=generator).tensor_split(args.minibatches):
             counts = torch.stack([roll.mask[mb_rows].sum(), roll.statement[mb_rows].sum()]).to(device)
             tokens, statements = accelerator.reduce(counts, "sum").clamp(min=1)
             optimizer.zero_grad()
-            for rows in mb_rows.split(args.micro_batch):
+            for rows in mb_rows.split(args.micro_batch) if len(mb_rows) else ():
                 batch = common.collate(policy, [roll.records[i] for i in rows], [roll.responses[i].ids for i in rows])
                 logprob, entropy, _ = common.response_statistics(policy, batch)
                 mask, width = batch.mask, batch.mask.shape[1]
@@ -304,7 +304,7 @@ def fit_value(head: ValueHead, optimizer, hidden: Tensor, known: Tensor, returns
 
 
 def train_update(models: Models, optimizers: dict, reader, judge: Judge, questions, args, seed, value_only, accelerator) -> dict:
-    """One round of PPO -> a line of log.jsonl. Processes share the questions; what normalises is counted over all of them."""
+    """One round of PPO -> a line of log.jsonl. Processes share the questions; the policy's loss is normalised over all of them."""
     # 1. sample responses
     began, device = time.time(), models.policy.model.device
     with accelerator.split_between_processes(questions) as mine:
@@ -345,7 +345,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     stats["explained_variance"] = 1 - (residual.var() / (sampled_returns[roll.mask].var() + 1e-8)).item()
     stats["response_length"] = roll.mask.sum(1).float().mean().item()
     stats |= {"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded}
-    means = accelerator.reduce(torch.tensor(list(stats.values()), device=device), "mean")
+    means = torch.tensor(gather_object([list(stats.values())])).nanmean(0)
     logged = dict(zip(stats, means.tolist(), strict=True))
     n_sentences = sum(value for name, value in logged.items() if name.startswith("level_"))
     return {name: value / max(n_sentences, 1e-8) if name.startswith("level_") else value for name, value in logged.items()}
@@ -353,10 +353,10 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
 
 def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, float]:
     """How often each level is said, and how well the levels tell right sentences from wrong ones."""
-    levels, correct = [step.level for found in steps for step in found], [ok for oks, _ in judged for ok in oks]
-    stats = {f"level_{level or 'none'}": float(levels.count(level)) for level in (1, 2, 3, 4, 5, None)}
-    said = [(level, ok) for level, ok in zip(levels, correct, strict=True) if level]
-    return stats | {"auroc": common.auroc([level for level, _ in said], [ok for _, ok in said])}
+    levels = np.array([step.level or 0 for found in steps for step in found])
+    correct = np.array([ok for oks, _ in judged for ok in oks])
+    stats = {f"level_{level or 'none'}": float((levels == level).sum()) for level in (*common.LEVELS, 0)}
+    return stats | {"auroc": common.auroc(levels[levels > 0], correct[levels > 0])}
 
 
 def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
@@ -377,8 +377,7 @@ def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
 
 
 def make_optimizers(models: Models, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
-    trained = [p for p in models.policy.model.parameters() if p.requires_grad]
-    policy = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    policy = torch.optim.AdamW(common.trainable(models.policy.model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     return {"policy": policy, "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0)}
 
 
@@ -387,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = Path(args.ckpt)
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
-    questions = common.read_finished(ckpt, "sft.jsonl", "image", "question", "reference", "choices")
+    questions = common.read_finished(ckpt, "sft.jsonl", "choices")
     confidence = common.read_object(ckpt / "confidence.json", "weights", "fuse", "min", "max", "edges")
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problem = "R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"
@@ -405,14 +404,15 @@ def main(argv: list[str] | None = None) -> None:
     training = common.Training(run, modules, optimizers, args.updates, args.save_every, args.max_kl)
     for step in training:
         epoch, position = divmod(step * args.batch_size, len(questions))
-        order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in (epoch, epoch + 1)])
+        epochs = range(epoch, epoch + 2 + args.batch_size // len(questions))
+        order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(questions)) for e in epochs])
         picked = [questions[i] for i in order[position : position + args.batch_size]]
         common.set_learning_rate(optimizers["policy"], args.lr, step, args.updates, args.warmup_ratio)
         seed, value_only = args.seed * 1_000_000 + step, step < args.value_updates
         stats = train_update(models, optimizers, reader, judge, picked, args, seed, value_only, run.accelerator)
         training.record({"update": step} | stats, "reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")
     panels = {"reward": ("reward", "r_ka", "r_ec", "r_cs"), "policy": ("kl", "entropy", "explained_variance")}
-    panels["levels"] = [f"level_{level}" for level in (1, 2, 3, 4, 5, "none")]
+    panels["levels"] = [f"level_{level}" for level in (*common.LEVELS, "none")]
     run.write(common.plot_log, "training.png", training.log, panels)
     if models.reference is None:
         models.policy.model.delete_adapter("reference")

@@ -10,6 +10,7 @@ Choices beyond the paper
     on a misread digit; PPO samples no other, and cannot learn there. Whether an earlier level is worth repeating, rewards decide.
  2. Statements are drawn anew every epoch. The digits default uses 3 of the 40 statements a level (--statements-per-level): with 40
     the million-parameter model spends its few hundred steps on their wordings and not yet on which level to say.
+ 3. Eq. 9 is a mean over the tokens of a batch, in which long responses weigh more.
 
     python warmup.py                                  # reads estimate/, writes warmup/
     python warmup.py --no-statements                  # the ablation w/o S-S Mapping: "with confidence 4 of 5."
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 import common
-from common import COUNT, LORA_TARGETS, N_LEVELS, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
+from common import COUNT, LEVELS, LORA_TARGETS, N_LEVELS, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
 
 FLAGS = {
     "run": {"estimate": (TEXT, "estimate", "what estimate.py wrote"), "out": (TEXT, "warmup", "folder to write"), **TRAINING_FLAGS},
@@ -56,7 +57,7 @@ FLAGS = {
     },
 }
 parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
-NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in range(1, N_LEVELS + 1)}
+NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in LEVELS}
 
 
 def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]], layout="each") -> str:
@@ -65,12 +66,11 @@ def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, po
 
     "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
     statement that starts with a capital follows as a sentence of its own."""
-    parts = []
+    said = [pool[level][rng.integers(len(pool[level]))] for level in (levels[-1:] if layout == "once" else levels)]
     if layout != "each":
-        said = [pool[level][rng.integers(len(pool[level]))] for level in (levels if layout == "after" else levels[-1:])]
         return " ".join([*sentences, *(f"{statement[0].upper()}{statement[1:]}" for statement in said)])
-    for sentence, level in zip(sentences, levels, strict=True):
-        statement = pool[level][rng.integers(len(pool[level]))]
+    parts = []
+    for sentence, statement in zip(sentences, said, strict=True):
         joined = statement[0].islower() and re.search(r"[^.]\.$", sentence)
         parts.append(f"{sentence[:-1]}, {statement}" if joined else f"{sentence} {statement[0].upper()}{statement[1:]}")
     return " ".join(parts)  # eq. 2
@@ -78,17 +78,17 @@ def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, po
 
 def add_statements(line: dict, rng: np.random.Generator, pool: dict[int, list[str]], explore: float, layout="each") -> str:
     """The response of a line of responses.jsonl, each sentence followed by a statement of its level (or, exploring, another)."""
-    levels: list[int] = []
+    levels = []
     for sentence in line["sentences"]:
         level = sentence["level"]
-        others = levels or [other for other in (level - 1, level + 1) if 1 <= other <= N_LEVELS]
+        others = levels or [other for other in (level - 1, level + 1) if other in LEVELS]
         levels.append(int(rng.choice(others)) if rng.random() < explore else level)
     return insert([sentence["text"] for sentence in line["sentences"]], levels, rng, pool, layout)
 
 
 def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro_batch: int, accelerator) -> tuple[float, float]:
     """One optimizer step -> loss and gradient norm. The loss is normalised by the tokens of the whole batch, so that neither
-    micro-batches nor processes (each takes its share of the batch) change anything."""
+    micro-batches nor processes (each takes its share of the batch) change anything but what an adapter drops out."""
     ids = common.response_ids(vlm, texts, [record.get("finished", True) for record in records])
     n_tokens, loss_sum = sum(map(len, ids)), torch.zeros((), device=vlm.model.device)
     optimizer.zero_grad()
@@ -107,7 +107,7 @@ def train_step(vlm: VLM, records: list[dict], texts: list[str], optimizer, micro
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     setup = common.read_run(args.estimate, "responses.jsonl", "confidence.json")["setup"]
-    lines = common.read_finished(args.estimate, "responses.jsonl", "image", "question", "reference", "sentences")
+    lines = common.read_finished(args.estimate, "responses.jsonl", "sentences")
     common.fill_defaults(args, FLAGS, setup["data"])
     common.usage_error(*common.cannot_train(setup["model"], args))
     with common.loading("--lora-targets", args.lora_targets):
@@ -119,12 +119,11 @@ def main(argv: list[str] | None = None) -> None:
     lines = [line for line in lines if line["sentences"]]
     if args.oracle:
         args.explore = 0.0
-        unknown = any(sentence["correct"] is None for sentence in common.all_sentences(lines))
-        common.usage_error(unknown and "--oracle needs the reference chains that given responses lack")
         for sentence in common.all_sentences(lines):
+            common.usage_error(sentence["correct"] is None and "--oracle needs the reference chains that given responses lack")
             sentence["level"] = N_LEVELS if sentence["correct"] else 1
-    pool, n = common.load_statements(), args.statements_per_level
-    pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in pool.items()}
+    n = args.statements_per_level
+    pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in common.load_statements().items()}
     pool = NUMERIC_STATEMENTS if args.no_statements else pool
 
     def text_of(epoch: int, i: int) -> str:
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = ("id", "image", "question", "answer", "choices", "reference")
     questions = [{name: line[name] for name in kept} | {"text": text_of(0, i)} for i, line in enumerate(lines)]
     run.write(common.write_jsonl, "sft.jsonl", questions)
-    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(common.trainable(vlm.model), lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(lines) // args.batch_size)
     training = common.Training(run, {"model": vlm.model}, {"model": optimizer}, args.epochs * per_epoch, args.save_every)
     for step in training:

@@ -31,6 +31,7 @@ def internal_rows(lines: list[dict], confidence: dict) -> dict[str, dict]:
     """What the base model's internal confidence is worth on the sentences that it wrote itself: the bars that training must clear.
     LNLP and U_Final as they are (AUROC); in five levels, the levels of U_Final and a logistic regression on the four."""
     sentences = common.all_sentences(lines)
+    common.usage_error(not sentences and "no response holds a sentence")
     raw = np.array([[sentence[name] for name in common.ESTIMATORS] for sentence in sentences])
     correct, part = (np.array([sentence[name] for sentence in sentences]) for name in ("correct", "part"))
     u = common.fuse(raw, confidence, np.cumsum([len(line["sentences"]) for line in lines])[:-1])

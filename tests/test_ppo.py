@@ -46,6 +46,17 @@ def judge_all_right(roll):
     return [(np.ones(len(steps), bool), np.ones(len(steps))) for steps in roll.steps]
 
 
+@pytest.mark.parametrize("minibatches", [4, 12])
+def test_as_many_steps_as_minibatches(models, records, args, reader, alone, minibatches, monkeypatch):
+    """Also where they are more than the responses, 9: processes that share a batch wait for one another at each."""
+    args.samples, args.max_new_tokens, args.minibatches, args.epochs, steps = 3, 4, minibatches, 1, []
+    optimizer = ppo.make_optimizers(models, args)["policy"]
+    monkeypatch.setattr(optimizer, "step", lambda: steps.append(0))
+    roll = ppo.rollout(models, reader, records[:3], args, 0)
+    ppo.update(models, optimizer, roll, torch.ones(roll.mask.shape), args, 0, alone)
+    assert len(steps) == minibatches and len(roll.responses) == 9
+
+
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 1.0, 2.0, 0.0]]), torch.tensor([[0.5, 1.0, -1.0, 9.0]])
     mask = torch.tensor([[True, True, True, False]])

@@ -336,6 +336,8 @@ def test_lora_adapter(runs, tmp_path):
         ("estimate.py", "--weights 0 0 0 0", "--weights must not be"),
         ("estimate.py", "--data imagenet", "invalid choice"),
         ("estimate.py", "--responses nowhere.jsonl", "no such file: nowhere.jsonl"),
+        ("estimate.py", "--data digits aokvqa", "--data digits goes with no other data"),
+        ("estimate.py", "--relevel e --statement-encoder x", "whatever --statement-encoder says"),
         ("estimate.py", "--clip nowhere", "--clip nowhere is neither a folder nor NAME/TAG"),
         ("estimate.py", "--relevel tests --limit 9", "--relevel takes what is measured already, whatever --limit says"),
         ("estimate.py", "--relevel=", "--relevel must be text"),
@@ -665,6 +667,38 @@ def test_a_line_that_lacks_something_is_named(runs, tmp_path, capsys, key):
         common.write_jsonl(tmp_path / stage / f"{name}.jsonl", [first, second, *rest])
         (tmp_path / stage / "done").write_text("")  # as who edits a file says that it is meant
         assert f"{name}.jsonl, line 2, has no {key}" in code_and_line(capsys, main, flag, tmp_path / stage, "--out", tmp_path / "x")
+
+
+def test_a_batch_is_whole_where_there_are_fewer_questions(runs, tmp_path, monkeypatch):
+    def stop(models, optimizers, reader, judge, questions, *others):
+        raise KeyError(len(questions), len({question["id"] for question in questions}))
+
+    monkeypatch.setattr(ppo, "train_update", stop)
+    with pytest.raises(KeyError) as error:
+        ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(tmp_path / "p"), "--batch-size", "100"])
+    assert error.value.args == (100, 24)
+
+
+def test_given_responses_without_references(runs, cache, tmp_path, capsys):
+    """null is none; no level is calibrated by what nobody knows, measured now or before; the file may be renamed."""
+    lines = [{**line, "reference": None} for line in common.read_jsonl(runs["estimate"] / "responses.jsonl")[:3]]
+    common.write_jsonl(tmp_path / "a.jsonl", lines)
+    shutil.copytree(cache, tmp_path / "e" / "cache", ignore=shutil.ignore_patterns("digits-train*"))
+    model, out = estimate.digits_paths(tmp_path / "e" / "cache", 0, 1.0), tmp_path / "e" / "run"
+    flags = ["--data-dir", cache, "--model", model["model"], "--clip", model["clip"], "--cache", out / "inside"]
+    refused = code_and_line(
+        capsys, estimate.main, "--responses", tmp_path / "a.jsonl", *flags, "--levels", "calibrated", "--out", out
+    )
+    assert "needs reference chains" in refused and not out.exists()
+    assert "is, holds or lies in" in code_and_line(capsys, estimate.main, "--responses", tmp_path / "a.jsonl", *flags, "--out", out)
+    flags[-1] = tmp_path / "e"
+    estimate.main(["--responses", str(tmp_path / "a.jsonl"), *map(str, flags), "--out", str(out)])
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    estimate.main(["--responses", str(tmp_path / "b.jsonl"), *map(str, flags), "--out", str(out)])
+    assert "already holds this run" in capsys.readouterr().out
+    assert len(common.read_jsonl(out / "responses.jsonl")) == 3
+    again = ["--relevel", out, "--levels", "calibrated", "--out", tmp_path / "c"]
+    assert "needs reference chains" in code_and_line(capsys, estimate.main, *again)
 
 
 def test_weights_that_were_changed_are_noticed(runs, tmp_path, capsys):
