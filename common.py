@@ -1075,13 +1075,13 @@ def sft_loss(vlm: VLM, batch: Batch) -> Tensor:
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and exact entropy of each distribution: logits (L, V), any float type; targets (L,) token
     ids -> logprob (L,), entropy (L,), float32, in nats. One log-sum-exp serves both: log p_i = z_i - lse, H = lse - sum p z."""
-    logits = logits.float()
-    top = logits.max(-1, keepdim=True).values
-    z = torch.where(logits == top, 0.0, logits - top)  # also right where the maximum is +inf
-    lse = z.logsumexp(-1)
-    p = (z - lse[:, None]).exp()
-    entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)  # p = 0 where z = -inf
-    return z.gather(-1, targets[:, None]).squeeze(-1) - lse, entropy.clamp(min=0.0)
+    logits, targets = logits.float(), targets[:, None]
+    z = logits.clamp(-1e30, 1e30)  # p z = 0 at -inf, and z = 0 where the maximum is +inf
+    z = z.sub_(z.max(-1, keepdim=True).values)
+    lse = z.exp().sum(-1).log()
+    entropy = lse - ((z - lse[:, None]).exp_() * z).sum(-1)
+    chosen = torch.where(logits.gather(-1, targets).isneginf(), -torch.inf, z.gather(-1, targets)).squeeze(-1)
+    return chosen - lse, entropy.clamp(min=0.0)
 
 
 class HeadStatistics(torch.autograd.Function):
@@ -1097,8 +1097,9 @@ class HeadStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
-        rows = zip(hidden.split(HeadStatistics.ROWS), targets.split(HeadStatistics.ROWS), strict=True)
-        parts = [token_statistics(HeadStatistics.logits(h, weight), y) for h, y in rows]
+        few, parts = HeadStatistics.ROWS if hidden.is_cuda else 1 + 2**20 // len(weight), []  # those that a CPU's cache holds
+        for h, y in zip(hidden.split(HeadStatistics.ROWS), targets.split(HeadStatistics.ROWS), strict=True):
+            parts += map(token_statistics, HeadStatistics.logits(h, weight).split(few), y.split(few))
         logprob, entropy = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, entropy)
         return logprob, entropy

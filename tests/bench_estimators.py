@@ -24,7 +24,7 @@ def token_statistics(args) -> None:
     targets = torch.randint(args.vocab, (args.tokens,), generator=generator)
 
     def bare():
-        for rows in hidden.split(64):
+        for rows in hidden.split(common.HeadStatistics.ROWS):
             head(rows)
 
     def naive():
@@ -42,7 +42,7 @@ def token_statistics(args) -> None:
     targets = targets[: args.tokens // 4]
 
     def bare_gradient():
-        for rows in hidden.detach().split(64):
+        for rows in hidden.detach().split(common.HeadStatistics.ROWS):
             head(rows)  # forward
             head(rows) @ head.weight  # made again, and back
 
