@@ -353,11 +353,13 @@ def fingerprint(path: str | Path) -> str:
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         result = file.suffix in (".json", ".jsonl", ".safetensors", ".bin", ".jinja") and file.name not in ("log.jsonl", "run.json")
         if file == path or (result and file.is_file()):
-            digest.update(f"{file.name * (file != path)} {file.stat().st_size} ".encode())
-            with open(file, "rb") as opened:
-                while piece := opened.read(1 << 20):
-                    digest.update(piece)
+            digest.update(f"{file.name * (file != path)} {contents(file, file.stat().st_size, file.stat().st_mtime_ns)} ".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def contents(file: Path, size: int, changed: int) -> str:
+    return hashlib.sha256(np.memmap(file, mode="r") if size else b"").hexdigest()
 
 
 def run_script(main: Callable, **beside: str) -> None:
@@ -823,8 +825,8 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     from peft import PeftModel  # slow to import, as what other functions import: a wrong flag answers before
 
     options = {"dtype": args.dtype, "device_map": {"": device}, "attn_implementation": args.attn}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
     if args.load_in_4bit:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": args.dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     adapter = Path(path, "adapter_config.json")

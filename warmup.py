@@ -44,12 +44,7 @@ FLAGS = {
         "micro_batch": (COUNT, 64, 4, "responses a forward pass; changes memory, not the result"),
         "lr": (POSITIVE, 3e-3, 1e-4, "peak learning rate of AdamW"),
         "warmup_ratio": (SHARE, 0.1, "share of steps with rising learning rate"),
-        "lora_rank": (
-            Kind(int, range(4097).__contains__, "must be 0 to 4096"),
-            0,
-            16,
-            "rank of a new LoRA adapter; 0 trains all weights",
-        ),
+        "lora_rank": (Kind(int, range(4097).__contains__, "must be 0 to 4096"), 0, 16, "of a new LoRA adapter; 0: all weights"),
         "lora_alpha": (POSITIVE, None, "scale of the adapter (default: twice the rank)"),
         "lora_dropout": (SHARE, 0.0, "of the adapter, in warm-up only"),
         "lora_targets": (TEXT, LORA_TARGETS, "regular expression of the layers that get it"),

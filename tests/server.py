@@ -37,6 +37,8 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -49,6 +51,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import estimate
+import evaluate
 import ppo
 
 collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  # as they are without a server
@@ -60,7 +63,7 @@ class Server:
     def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
         """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
-        self.url, self.max_mismatch, self.apart, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
+        self.url, self.max_mismatch, self.said, self.checked = re.sub("//.*@", "//", url), max_mismatch, [], set()
         self.limit = max_mismatch  # of what is checked next
         common.usage_error(not re.match("https?://.", url) and f"--server {self.url} is no address such as http://localhost:8000")
         user = re.search("//(.*)@", url)
@@ -162,15 +165,21 @@ class Server:
         return known and 0 < len(ids) <= length and not set(ids[:-1]) & set(vlm.end_tokens)
 
     def generate(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
-        """As `common.generate`. The first batch of a model, and the first response of every further one, show whether the server
-        samples from it."""
+        """As `common.generate`; what the server says of the log-probabilities is kept in `said`."""
         ids, said = map(list, zip(*self.sample(vlm, prompts.records, temperature, length, seed), strict=True))
-        self.apart.append(torch.cat(said))
+        self.said += said
+        return ids
+
+    def generate_and_check(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
+        """As `generate`. The first batch of a model, and the first response of every further one, show whether the server samples
+        from it."""
+        self.said.clear()
+        ids = self.generate(vlm, prompts, temperature, length, seed)
         shown = 1 if id(vlm) in self.checked else len(ids)
         self.checked.add(id(vlm))
         with torch.no_grad():
             batch = collate(vlm, prompts.records[:shown], ids[:shown])
-            self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - torch.cat(said[:shown]))
+            self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - torch.cat(self.said[:shown]))
         return ids
 
     def check(self, apart: torch.Tensor) -> float:
@@ -186,8 +195,8 @@ class Server:
         return mismatch
 
 
-def connect(server: Server) -> None:
-    """Let the scripts sample by the server from now on."""
+def connect(server: Server, script: ModuleType) -> None:
+    """Let a script sample by the server from now on."""
 
     @functools.wraps(collate)
     def collate_and_note(vlm, records, responses=()):
@@ -196,10 +205,13 @@ def connect(server: Server) -> None:
         return batch
 
     @functools.wraps(rollout)
-    def rollout_and_compare(*args):
-        server.apart.clear()
-        roll = rollout(*args)
-        server.apart[:] = [roll.logprob[roll.mask] - torch.cat(server.apart)]
+    def rollout_and_check(models, reader, questions, args, *rest):
+        server.said.clear()
+        roll = rollout(models, reader, questions, args, *rest)
+        apart = roll.logprob[roll.mask] - torch.cat(server.said)
+        apart = torch.tensor(gather_object(apart.tolist()))  # of all processes
+        clipped = apart[~apart.isnan()].expm1().abs() > args.clip_range
+        stats.update(mismatch=server.check(apart), mismatch_clipfrac=clipped.float().mean().item())
         return roll
 
     @functools.wraps(train_update)
@@ -209,13 +221,30 @@ def connect(server: Server) -> None:
             models.policy.model.save_pretrained(folder, selected_adapters=["default"])
         PartialState().wait_for_everyone()
         server.load_adapter(folder)
-        stats = train_update(models, optimizers, reader, judge, questions, args, *rest)
-        apart = torch.tensor(gather_object(server.apart[0].tolist()))  # of all processes
-        clipped = apart[~apart.isnan()].expm1().abs() > args.clip_range
-        return stats | {"mismatch": server.check(apart), "mismatch_clipfrac": clipped.float().mean().item()}
+        return train_update(models, optimizers, reader, judge, questions, args, *rest) | stats
 
-    common.collate, common.generate = collate_and_note, server.generate
-    ppo.rollout, ppo.train_update = rollout_and_compare, send_and_train
+    stats: dict[str, float] = {}
+    common.collate, common.generate = collate_and_note, server.generate_and_check
+    if script is ppo:
+        common.generate, ppo.rollout, ppo.train_update = server.generate, rollout_and_check, send_and_train
+
+
+def model_path(script: ModuleType, given: argparse.Namespace) -> str:
+    """The model, or the adapter, that a run will sample from; exits with code 2 where there is none, as the run itself does."""
+    if script is evaluate:
+        evaluate.read_setup(given)
+        return given.ckpt
+    if script is ppo:
+        full = Path(given.ckpt).is_dir() and not Path(given.ckpt, "adapter_config.json").exists()
+        common.usage_error(
+            full and f"{given.ckpt} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one"
+        )
+        common.read_run(given.ckpt)
+        return given.ckpt
+    if given.relevel:
+        return common.read_run(given.relevel)["setup"]["model"]
+    common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
+    return given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
 
 
 def copy_for_vllm(model: str | Path, folder: str | Path) -> None:
@@ -245,28 +274,17 @@ def main(argv: list[str] | None = None, name: str | None = None) -> None:
         common.usage_error("--concurrency must be 1 to 1024, --patience and --max-mismatch must be positive, --patience below 1e6")
     script = importlib.import_module(name)
     given = script.parse_args(flags)
-    relevel, ckpt = getattr(given, "relevel", None), getattr(given, "ckpt", None)
-    measured = (relevel or getattr(given, "responses", None)) and given.levels != "consistency"
-    if measured or (Path(given.out, "done").exists() and not given.overwrite):
+    if script is estimate and (given.relevel or given.responses) and given.levels != "consistency":
         return script.main(flags)  # nothing is sampled
-    if ckpt:
-        common.usage_error(not Path(ckpt).is_dir() and f"no such folder: {ckpt}")
-        if Path(ckpt, "run.json").exists():
-            common.read_run(ckpt)
-    path = common.read_run(relevel)["setup"]["model"] if relevel else ckpt or given.model
-    if path is None:
-        common.fill_defaults(given, estimate.FLAGS, "+".join(given.data))
-        path = given.model or estimate.digits_paths(given.cache, given.seed, given.noise_scale)["model"]
-    adapted = Path(path, "adapter_config.json").exists()
-    if script is ppo and not adapted:
-        common.usage_error(f"{path} has no adapter, and full weights cannot be sent: warmup.py --lora-rank trains one")
-    PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
-    server = Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model, args.patience)
-    connect(server)
-    try:
+    given.server = True  # a setting: a run that went on without a server would be of two samplers
+    with patch.object(script, "parse_args", lambda _: given), contextlib.ExitStack() as stack:
+        if given.overwrite or not Path(given.out, "done").exists():
+            path = model_path(script, given)
+            PartialState(cpu=given.device == "cpu")  # as the script's Accelerator will
+            server = Server(args.server, path, args.concurrency, args.max_mismatch, args.served_model, args.patience)
+            stack.callback(lambda: server.unload(server.adapter))
+            connect(server, script)
         script.main(flags)
-    finally:
-        server.unload(server.adapter)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Training in two processes, as `torchrun` starts them, against one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,11 +17,15 @@ import ppo
 import warmup
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c"]
+ALL = """import accelerate, importlib, json, sys
+accelerate.Accelerator.end_training = lambda self: None  # the group of processes goes on
+[importlib.import_module(name).main(flags) for name, flags in json.loads(sys.argv[1])]"""
 
 
-def run_two(script: str, *flags: str) -> None:
-    command = [sys.executable, *LAUNCH, script, *flags]
+def run_two(*stages: tuple[str, list[str]]) -> None:
+    """Stages one after the other, in two processes that import everything once."""
+    command = [sys.executable, *LAUNCH, ALL, json.dumps(stages)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -31,17 +36,17 @@ def two(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     flags = ["--limit", "17", "--batch-size", "6", "--max-new-tokens", "30", "--cache", str(cache), "--device", "cpu", "--out"]
     estimate.main([*flags, str(folder / "e1")])
-    run_two("estimate.py", *flags, str(folder / "e2"))
+    stages = [("estimate", [*flags, str(folder / "e2")])]
     flags = f"--estimate {folder}/e1 --epochs 6 --batch-size 8 --save-every 4 --device cpu --out".split()
     warmup.main([*flags, str(folder / "w1")])
-    run_two("warmup.py", *flags, str(folder / "w2"))
+    stages.append(("warmup", [*flags, str(folder / "w2")]))
     flags = ["--updates", "1", "--value-updates", "0", "--batch-size", "4", "--generate-batch", "6", "--minibatches", "1"]
     flags += ["--epochs", "1", "--max-new-tokens", "30", "--device", "cpu", "--ckpt", str(folder / "w1"), "--out"]
     ppo.main([*flags, str(folder / "p1")])
-    run_two("ppo.py", *flags, str(folder / "p2"))
+    stages.append(("ppo", [*flags, str(folder / "p2")]))
     flags = f"--ckpt {folder}/w1 --limit 7 --batch-size 3 --max-new-tokens 30 --device cpu --out".split()
     evaluate.main([*flags, str(folder / "r1")])
-    run_two("evaluate.py", *flags, str(folder / "r2"))
+    run_two(*stages, ("evaluate", [*flags, str(folder / "r2")]))
     return folder
 
 

@@ -273,6 +273,7 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
     n, away = len(server.requests), "http://127.0.0.1:9"  # which nobody asks where nothing is to be sampled
     through(away, evaluate, *flags, tmp_path / "s")
     assert "already holds this run" in capsys.readouterr().out
+    assert "other settings (--server)" in one_line(capsys, evaluate.main, *flags, tmp_path / "s")
     through(away, estimate, "--relevel", folders.estimate, "--out", tmp_path / "max", "--fuse", "max")
     assert (tmp_path / "max" / "done").exists() and len(server.requests) == n
     server.swapped = base
@@ -304,6 +305,7 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
     server.ready = server.refuses = True
     assert "takes no adapter (vLLM: --enable-lora" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
     assert "full weights cannot be sent" in refused(capsys, server, ppo, "--ckpt", folders.base)
+    assert "and no org/name (" in refused(capsys, server, evaluate, "--ckpt", "org/name")
     for flag, value in (("--concurrency", "0"), ("--patience", "inf"), ("--max-mismatch", "0")):
         assert "must be positive" in refused(capsys, server, *flags, flag, value)
     assert "no such folder: gone" in refused(capsys, server, ppo, "--ckpt", "gone")
