@@ -233,6 +233,7 @@ def test_update_does_not_depend_on_padding_or_micro_batches(models, records, arg
 def test_a_planted_reward_is_learned(models, records, args, reader, alone):
     """Were every sentence right and the internal confidence full, R_EC and R_CS would ask for level 5: PPO must find that out."""
     args.batch_size, args.micro_batch, args.lr, args.epochs, args.minibatches, args.kl_coef = 12, 36, 6e-4, 2, 2, 0.01
+    args.samples = 2
     optimizers = ppo.make_optimizers(models, args)
     history = []
     for step in range(12):
