@@ -822,10 +822,10 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
 def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
     from peft import PeftModel  # slow to import, as what other functions import: a wrong flag answers before
 
     options = {"dtype": args.dtype, "device_map": {"": device}, "attn_implementation": args.attn}
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
     if args.load_in_4bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": args.dtype}
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
