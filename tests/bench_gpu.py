@@ -31,7 +31,7 @@ import ppo
 import warmup
 
 FLAGS = {"device": (common.TEXT, "cuda", "where the models run"), "quick": (common.SWITCH, False, "one model, small batches")}
-FLAGS |= {"tiny": (common.SWITCH, False, "tiny models"), "family": (common.TEXT, "", "one of both: llava-next-vicuna, qwen2-vl")}
+FLAGS |= {"tiny": (common.SWITCH, False, "tiny models"), "family": (common.TEXT, None, "one of both: llava-next-vicuna, qwen2-vl")}
 VOCABULARY = {"llava-next-vicuna": 32064, "qwen2-vl": 152064}
 
 

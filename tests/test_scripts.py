@@ -423,6 +423,12 @@ def test_what_would_spoil_a_run(runs, tmp_path, capsys):
             assert sorted(Path(source[1]).iterdir()) == before and not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("name", "estimate warmup ppo evaluate annotate bars bench_gpu bench_memory conf_csr correct".split())
+def test_every_default_is_allowed(name):
+    tables = importlib.import_module(name).FLAGS
+    common.parse_flags("", tables if isinstance(next(iter(tables.values())), dict) else {"": tables}, [])
+
+
 @pytest.mark.parametrize("script", ["estimate.py", "warmup.py", "ppo.py", "evaluate.py"])
 def test_help_teaches(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script])
