@@ -29,7 +29,7 @@ import numpy as np
 import scipy
 
 import common
-from common import COUNT, DIGITS, LEVELS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, VLM, auroc, bare, conf
+from common import COUNT, DIGITS, LEVELS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences, auroc, bare, conf
 
 PARTS = ("image", "reasoning")
 FILLERS = set("a an and as at by for from in is it of on or so that the this to with image picture".split())  # answer nothing
@@ -58,16 +58,18 @@ def mean(values) -> float:
 
 def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """All sentences with a statement: confidence (N,) in [0, 1] and correct (N,) in {0., 1.}."""
-    sentences = [sentence for p in predictions for sentence in p["sentences"] if sentence["level"] is not None]
-    confidence = np.array([conf(sentence["level"]) for sentence in sentences], dtype=float)
-    return confidence, np.array([sentence["correct"] for sentence in sentences], dtype=float)
+    sentences = [sentence for sentence in all_sentences(predictions) if sentence["level"] is not None]
+    levels, correct = (np.array([sentence[name] for sentence in sentences], dtype=float) for name in ("level", "correct"))
+    return conf(levels), correct
 
 
 def only(predictions: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
-    kept = [[sentence for sentence in p["sentences"] if sentence["part"] == part] for p in predictions]
-    covered = [{part: p["covered"].get(part, [])} for p in predictions]
-    return [{**p, "sentences": s, "covered": c} for p, s, c in zip(predictions, kept, covered, strict=True)]
+    kept = []
+    for p in predictions:
+        sentences = [sentence for sentence in p["sentences"] if sentence["part"] == part]
+        kept.append(p | {"sentences": sentences, "covered": {part: p["covered"].get(part, [])}})
+    return kept
 
 
 def ece(confidence, correct, n_bins: int = 10) -> float:
@@ -120,7 +122,7 @@ def risk_coverage(confidence, correct) -> np.ndarray:
 def sentence_metrics(predictions: list[dict]) -> dict:
     """What is reported for the whole chain and again for its image and its reasoning part."""
     confidence, correct = stated(predictions)
-    matched = [bool(sentence["correct"]) for p in predictions for sentence in p["sentences"]]
+    matched = [bool(sentence["correct"]) for sentence in all_sentences(predictions)]
     covered = [bool(hit) for p in predictions for part in p["covered"].values() for hit in part]
     precision, recall = mean(matched), mean(covered)  # eq. 19, micro-averaged over the test set
     # A chain that says nothing, or nothing right, scores F1 = 0; without any reference there is no F1.
@@ -132,20 +134,19 @@ def sentence_metrics(predictions: list[dict]) -> dict:
 
 def compute_metrics(predictions: list[dict]) -> dict:
     """metrics.json: plain ints, floats and None. ECE, AUROC and accuracy are of the answer, the rest of sentences."""
-    confidence, correct = stated(predictions)
-    answered = [p for p in predictions if p["sentences"] and p["sentences"][-1]["level"] is not None]
-    answer_confidence = [conf(p["sentences"][-1]["level"]) for p in answered]  # eq. 1: c is that of the last sentence
-    answer_correct = [float(p["answer_correct"]) for p in answered]
-    levels = [sentence["level"] for p in predictions for sentence in p["sentences"]]
+    sentences = stated(predictions)
+    last = [p["sentences"][-1] | {"correct": p["answer_correct"]} for p in predictions if p["sentences"]]
+    answers = stated([{"sentences": last}])  # eq. 1: c is that of the last sentence
+    levels = [sentence["level"] for sentence in all_sentences(predictions)]
     constant, constant_level = mece_constant(predictions)
     direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
-    metrics = {"ece": ece(answer_confidence, answer_correct), "auroc": auroc(answer_confidence, answer_correct)}
+    metrics = {"ece": ece(*answers), "auroc": auroc(*answers)}
     metrics |= {"accuracy": mean([bool(p["answer_correct"]) for p in predictions]), "coverage": mean([bool(n) for n in levels])}
     metrics["direct_answer"] = mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct])
     metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
     metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])
     metrics["level_histogram"] = {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)}
-    metrics |= {"brier_skill": brier_skill(confidence, correct), "aurc": mean(risk_coverage(confidence, correct))}
+    metrics |= {"brier_skill": brier_skill(*sentences), "aurc": mean(risk_coverage(*sentences))}
     metrics |= {"mece_constant": constant, "mece_constant_level": constant_level}
     metrics |= {part: sentence_metrics(only(predictions, part)) for part in PARTS}
     return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
@@ -196,7 +197,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     right.bar(x, n_right, 0.17, color="#009E73", label="right")
     bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
     right.bar_label(bars, labels=[a + b for a, b in zip(n_right, n_wrong, strict=True)])
-    n_none = sum(sentence["level"] is None for p in predictions for sentence in p["sentences"])
+    n_none = sum(sentence["level"] is None for sentence in all_sentences(predictions))
     right.set(ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
     for axis in (left, right):
         axis.set(xlim=(-0.14, 1.14), xlabel="expressed level / confidence")
@@ -282,7 +283,7 @@ def direct_answer_score(prediction: str | None, answers: list[str]) -> float:
     return min(1.0, sum(same_answer(prediction, answer) for answer in answers) / (3 if len(answers) >= 10 else 1))
 
 
-def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int, seed: int, consistency: int = 0) -> list[dict]:
+def predict(vlm: common.VLM, reader, matcher, records: list[dict], max_new_tokens: int, seed: int, consistency=0) -> list[dict]:
     """Greedy responses to a batch of questions, parsed and matched: lines of predictions.jsonl. With `consistency` the level of a
     sentence is not what is said, but how many of so many sampled responses hold it (the baseline SC)."""
     ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
@@ -296,13 +297,13 @@ def predict(vlm: VLM, reader, matcher, records: list[dict], max_new_tokens: int,
         levels = common.to_level(1 - np.concatenate(shares), common.NEAREST).tolist()
         for step, level in zip(itertools.chain(*parsed), levels, strict=True):
             step.level = level
-    for record, text, steps, matched, n_tokens in zip(records, texts, parsed, matches, spent.tolist(), strict=True):
+    for record, text, steps, chain, matched, n_tokens in zip(records, texts, parsed, chains, matches, spent.tolist(), strict=True):
         n_image, sentences = len(record["reference"]["image"]), []
         for i, step in enumerate(steps):
             sentence = {"text": step.text, "statement": step.statement, "level": step.level}
             sentences.append(sentence | {"correct": bool(matched[i].any()), "part": common.part_of(record, i)})
         covered = matched.any(0).tolist()
-        answer = common.extract_answer([step.text for step in steps], record["choices"])
+        answer = common.extract_answer(chain, record["choices"])
         prediction = record | {"response": text, "n_tokens": n_tokens, "prediction": answer, "sentences": sentences}
         prediction["answer_correct"] = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
         predictions.append(prediction | {"covered": {"image": covered[:n_image], "reasoning": covered[n_image:]}})
