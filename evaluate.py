@@ -101,7 +101,7 @@ def mece_constant(predictions: list[dict]) -> tuple[float, int | None]:
 
 def brier(confidence, correct) -> float:
     """Mean squared difference of confidence and correctness: a proper score, lower is better."""
-    return float(np.square(np.subtract(confidence, correct)).mean()) if len(confidence) else math.nan
+    return mean(np.square(np.subtract(confidence, correct)))
 
 
 def brier_skill(confidence, correct) -> float:
