@@ -101,6 +101,7 @@ class ValueHead(nn.Module):
         return self.layers(torch.cat([hidden.float(), known], -1)).squeeze(-1)
 
 
+SAID = [f"level_{level}" for level in (*common.LEVELS, "none")]  # in the log: the share of sentences that say it
 # The reference is None where it is the adapter of that name on the policy's base weights.
 Models = namedtuple("Models", "policy reference value_head")
 
@@ -179,7 +180,6 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
     """Reward of every token (B, T), without the KL penalty, and R_KA, R_EC, R_CS (B,); judged: I and IV of each one's sentences."""
     scores, parts = torch.zeros(roll.mask.shape), torch.zeros(len(roll.records), 3)
     weights = torch.tensor([args.alpha, args.beta, args.gamma])
-    place = place_at_end if args.reward == "answer" or args.reward_placement == "end" else place_at_sentences
     for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         terms = sentence_rewards(steps, correct, internal)  # (sentences, 3)
         parts[row] = terms.mean(0) if steps else torch.tensor([0.0, -1.0, -1.0])
@@ -187,9 +187,11 @@ def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tens
         if args.reward == "answer":  # SaySelf's: 1 - 2 (I - EV)^2 of the last sentence alone
             reward = terms[-1, 1] if steps else torch.tensor(-1.0)
         offsets = roll.responses[row].offsets
-        ends = [[common.step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
-        n_reference = len(common.reference_chain(roll.records[row]))
-        place(scores[row, : len(offsets)], reward, weights * terms, ends, n_reference)
+        if not steps or args.reward == "answer" or args.reward_placement == "end":
+            scores[row, len(offsets) - 1] = reward  # at the last token: end-of-sequence where it came, never padding
+        else:
+            ends = [[common.step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
+            place_at_sentences(scores[row], weights * terms, ends, len(common.reference_chain(roll.records[row])))
     return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))
 
 
@@ -204,15 +206,10 @@ def sentence_rewards(steps: list[common.Step], correct: np.ndarray, internal: np
     return terms
 
 
-def place_at_end(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_reference: int) -> None:
-    """All of R at the response's last token (end-of-sequence where it came, never padding)."""
-    scores[-1] += reward
-
-
-def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list, n_reference: int) -> None:
+def place_at_sentences(scores: Tensor, terms: Tensor, ends: list, n_reference: int) -> None:
     """Each term where what it judges ends: scores (T,) of one response, weighted terms (sentences, 3), ends of z_t and c_t.
     By its t-th sentence a response has earned S = (sum of its terms so far) / max(t, n_reference). Every place is paid the change
-    of S: they telescope to the last S, eq. 13 or less where sentences are missing. `reward` is that of none at all."""
+    of S: they telescope to the last S, eq. 13 or less where sentences are missing."""
     earned = paid = 0.0
     for t, ((ka, ec, cs), (sentence_end, statement_end)) in enumerate(zip(terms, ends, strict=True), 1):
         for term, token in ((ka, sentence_end), (ec + cs, statement_end)):
@@ -220,7 +217,6 @@ def place_at_sentences(scores: Tensor, reward: Tensor, terms: Tensor, ends: list
             share = earned / max(t, n_reference)
             scores[token] += share - paid
             paid = share
-    scores[-1] += 0.0 if ends else reward
 
 
 def known_before(roll: Rollout, judged: list) -> Tensor:
@@ -347,16 +343,16 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     stats |= {"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded}
     means = torch.tensor(gather_object([list(stats.values())])).nanmean(0)
     logged = dict(zip(stats, means.tolist(), strict=True))
-    n_sentences = sum(value for name, value in logged.items() if name.startswith("level_"))
-    return {name: value / max(n_sentences, 1e-8) if name.startswith("level_") else value for name, value in logged.items()}
+    n_sentences = max(sum(logged[name] for name in SAID), 1e-8)
+    return logged | {name: logged[name] / n_sentences for name in SAID}
 
 
 def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, float]:
     """How often each level is said, and how well the levels tell right sentences from wrong ones."""
     levels = np.array([step.level or 0 for found in steps for step in found])
     correct = np.array([ok for oks, _ in judged for ok in oks])
-    stats = {f"level_{level or 'none'}": float((levels == level).sum()) for level in (*common.LEVELS, 0)}
-    return stats | {"auroc": common.auroc(levels[levels > 0], correct[levels > 0])}
+    counts = {name: float((levels == level).sum()) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
+    return counts | {"auroc": common.auroc(levels[levels > 0], correct[levels > 0])}
 
 
 def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
@@ -394,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("ppo", args, setup)
     if run.finished:
         return
-    matcher, similarity = common.Matcher(setup["matcher"], device=run.device), common.Similarity(setup["similarity"], run.device)
+    matcher, similarity = common.Matcher(setup["matcher"], run.device), common.Similarity(setup["similarity"], run.device)
     judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     models = load_models(ckpt, args, run.device)
@@ -411,8 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         seed, value_only = args.seed * 1_000_000 + step, step < args.value_updates
         stats = train_update(models, optimizers, reader, judge, picked, args, seed, value_only, run.accelerator)
         training.record({"update": step} | stats, "reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")
-    panels = {"reward": ("reward", "r_ka", "r_ec", "r_cs"), "policy": ("kl", "entropy", "explained_variance")}
-    panels["levels"] = [f"level_{level}" for level in (*common.LEVELS, "none")]
+    panels = {"reward": ("reward", "r_ka", "r_ec", "r_cs"), "policy": ("kl", "entropy", "explained_variance"), "levels": SAID}
     run.write(common.plot_log, "training.png", training.log, panels)
     if models.reference is None:
         models.policy.model.delete_adapter("reference")
