@@ -260,7 +260,7 @@ class Run:
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
             named = [(name, of.get(name)) for of in (setup, vars(args)) for name in PLACES]
             used = {path for name, path in named if path and (name == "cache" or os.path.exists(path))}
-            self._take_folder(json.loads(json.dumps(resolved)), places.values(), used)
+            self._take_folder(resolved, places.values(), used)
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
         self.finished = self.begun = (self.out / "done").exists() and not args.overwrite
@@ -272,7 +272,7 @@ class Run:
 
     def _take_folder(self, resolved: dict, inputs: Collection[str], used: Iterable[str]) -> None:
         """Make the folder, or take one that holds the same run; keep other processes out of it until this one ends."""
-        out = Path(os.path.realpath(self.out))
+        out = self.out.resolve()
         new = [path for path in (out, *out.parents) if not path.exists()]
         for path in [*inputs, *used]:
             read = Path(path).resolve()
@@ -329,7 +329,8 @@ class Run:
 
     def _leave(self) -> None:
         """Let other processes into the folder."""
-        self.write(lambda path: LOCKS.pop(Path(os.path.realpath(path))).close(), "")
+        if self.accelerator.is_main_process:
+            LOCKS.pop(self.out.resolve()).close()
 
 
 def lock(folder: Path, how: int = 0) -> contextlib.ExitStack:
@@ -499,9 +500,9 @@ def digit_scans(pool: str) -> tuple[np.ndarray, np.ndarray]:
     """Scans (n, 8, 8) in [0, 1] and labels (n,) of one pool; the same for every seed."""
     from sklearn.datasets import load_digits
 
-    digits, names = load_digits(), list(POOLS)
-    start = sum(POOLS[name] for name in names[: names.index(pool)])
-    rows = np.random.default_rng(0).permutation(len(digits.target))[start : start + POOLS[pool]]
+    digits = load_digits()
+    shuffled = np.random.default_rng(0).permutation(len(digits.target))
+    rows = dict(zip(POOLS, np.split(shuffled, np.cumsum([*POOLS.values()])[:-1]), strict=True))[pool]
     return digits.images[rows] / 16.0, digits.target[rows]
 
 
@@ -530,7 +531,7 @@ def draw_digits(rng: np.random.Generator, pool: str, noise=None, noise_scale=1.0
         sigma = 0.15 if damage else rng.choice(list(NOISE), p=list(NOISE.values())) if noise is None else noise
         canvas[4:12, 8 * side : 8 * side + 8] = scan + rng.normal(0, sigma * noise_scale, scan.shape)
     chain = digit_chain(family, *(int(labels[row]) for row in pair))
-    answer = chain["reasoning"][-1].removeprefix("So, the answer is ").rstrip(".")
+    answer = extract_answer(chain["reasoning"])
     return canvas.clip(0, 1), {"question": FAMILIES[family], "answer": answer, "choices": None, "reference": chain}
 
 
@@ -962,9 +963,9 @@ def prompt_text(record: dict) -> str:
 
 def collate(vlm: VLM, records: Sequence[dict], responses: Sequence[Sequence[int]] = ()) -> Batch:
     """Prompts of `records` (image and question through the processor's chat template) and, where given, the responses' ids."""
-    content = [[{"type": "image"}, {"type": "text", "text": vlm.special.sub(" ", prompt_text(record))}] for record in records]
-    messages = [[{"role": "user", "content": parts}] for parts in content]
-    texts = [vlm.processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+    questions = [{"type": "text", "text": vlm.special.sub(" ", prompt_text(record))} for record in records]
+    messages = [[{"role": "user", "content": [{"type": "image"}, question]}] for question in questions]
+    texts = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     images = [[r["image"] if isinstance(r["image"], Image.Image) else load_image(r["image"])] for r in records]  # a list a question
     vlm.tokenizer.padding_side = "left"
     begun = texts[0].startswith(vlm.tokenizer.bos_token or "\0")  # by the template, else by the tokenizer
@@ -1007,8 +1008,8 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
     responses = []
     for ids in output.tolist():
-        ends = [position for position, token in enumerate(ids) if token in vlm.end_tokens]
-        responses.append(ids[: ends[0] + 1] if ends else ids)
+        length = next((n for n, token in enumerate(ids, 1) if token in vlm.end_tokens), len(ids))
+        responses.append(ids[:length])
     return responses
 
 
