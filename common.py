@@ -890,7 +890,7 @@ def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool =
             module.p = 0.0
 
 
-def save_model(vlm: VLM, folder: str | Path) -> None:
+def save_model(folder: str | Path, vlm: VLM) -> None:
     """Full weights, or a PEFT adapter, and the processor, in Hugging Face format."""
     vlm.model.save_pretrained(folder)
     getattr(getattr(vlm.tokenizer, "backend_tokenizer", None), "no_padding", int)()  # it would save how the last batch was padded

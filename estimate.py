@@ -237,7 +237,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
         return common.sft_loss(vlm, batch)
 
     train_on_digits(common.trainable(model), loss_of, steps, 64, 3e-3, seed, noise_scale, "digits base model", clear=steps // 2)
-    common.save_model(vlm, folder)
+    common.save_model(folder, vlm)
 
 
 def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, str]:

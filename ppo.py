@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     run.write(common.plot_log, "training.png", training.log, panels)
     if models.reference is None:
         models.policy.model.delete_adapter("reference")
-    run.write(lambda out: common.save_model(models.policy, out), "")
+    run.write(common.save_model, "", models.policy)
     run.write(lambda path: save_file(models.value_head.state_dict(), path), "value_head.safetensors")
     run.finish()
 

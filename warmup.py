@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         loss, norm = train_step(vlm, records, texts, optimizer, args.micro_batch, run.accelerator)
         training.record({"step": step, "loss": loss, "grad_norm": norm, "seconds": time.time() - began}, "loss")
     run.write(common.plot_log, "training.png", training.log, {"warm-up: nats a token": ("loss",)})
-    run.write(lambda folder: common.save_model(vlm, folder), "")
+    run.write(common.save_model, "", vlm)
     run.finish()
 
 

@@ -71,7 +71,7 @@ def warm_up(folder: Path, adapter: Path, records: list[dict], args, alone: Accel
     texts = ["The cat sits on the red mat, and I am sure of it. So, the answer is cat. " * 4] * len(records)
     step = lambda: warmup.train_step(vlm, records, texts, optimizer, args.micro_batch, alone)  # noqa: E731
     measured(f"warmup.py, a step of {len(records)} responses", step)
-    common.save_model(vlm, adapter)
+    common.save_model(adapter, vlm)
 
 
 def reinforce(adapter: Path, records: list[dict], args, clip: str, alone: Accelerator) -> int:

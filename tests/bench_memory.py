@@ -135,7 +135,7 @@ def measure(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, to
     records = [{"image": common.to_image(x), "question": "?", "reference": {"image": [], "reasoning": []}} for x in pixels]
     prompt = common.collate(vlm, records).start
     with tempfile.TemporaryDirectory() as folder:
-        common.save_model(vlm, folder)
+        common.save_model(folder, vlm)
         del model, vlm
         flags = f"--model {folder} --lora-rank 0 --prompt-tokens {prompt} --max-new-tokens {tokens} --epochs 1 --device cpu"
         flags += f" --samples 1 --minibatches 2 --micro-batch {micro_batch} --batch-size {4 * micro_batch} --lr 1e-5"

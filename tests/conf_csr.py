@@ -146,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
         row = {"step": step, "loss": loss.item(), "preferred": preferred.item(), "grad_norm": norm.item()}
         training.record(row, "loss", "preferred")
     run.write(lambda path: shutil.copy(folder / path.name, path), "confidence.json")
-    run.write(lambda out: common.save_model(vlm, out), "")
+    run.write(common.save_model, "", vlm)
     run.finish()
 
 

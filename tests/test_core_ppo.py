@@ -396,7 +396,7 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
     """After a step the policy says something else and the reference what the loaded checkpoint said."""
     torch.manual_seed(0)
     tiny = common.make_vlm(estimate.build_digits_model(processor, hidden_size=32, layers=1), processor)
-    common.save_model(tiny, tmp_path / "base")
+    common.save_model(tmp_path / "base", tiny)
     folder, texts = tmp_path / "base", [TWO, ONE + " So, the answer is 8."]
     records = [scripted.record(3, 5), scripted.record(4, 4, grey=0.5)]
     if lora:
@@ -406,7 +406,7 @@ def test_the_reference_stays(processor, tmp_path, monkeypatch, lora):
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.3)
         folder = tmp_path / "adapter"
-        common.save_model(vlm, folder)
+        common.save_model(folder, vlm)
     models, args = ppo.load_models(folder, arguments(), "cpu"), arguments(lr=1e-2)
     trained = [p for group in ppo.make_optimizers(models, args)["policy"].param_groups for p in group["params"]]
     named = dict(models.policy.model.named_parameters())

@@ -125,7 +125,7 @@ def test_votes_and_rows_by_hand():
 
 
 def test_the_script(tools, tmp_path, capsys):
-    common.save_model(tools.vlm, tmp_path / "model")
+    common.save_model(tmp_path / "model", tools.vlm)
     flags = f"--ckpt {tmp_path}/model --cache {tmp_path} --limit 3 --max-new-tokens 9 --samples 1 2".split()
     for out in ("a", "b"):
         correct.main([*flags, "--out", str(tmp_path / out)])

@@ -195,7 +195,7 @@ def test_only_the_end_tokens_of_a_sampler_are_kept(model, data, tmp_path):
     assert set(other.end_tokens) >= {vlm.tokenizer.eos_token_id, end}
     again = common.generate(other, common.collate(other, records), 1.0, 24, seed=0)
     adapted = load(str(tmp_path / "model"), "--lora-rank", "2", trainable=True)  # a new adapter changes nothing yet
-    common.save_model(adapted, tmp_path / "adapter")
+    common.save_model(tmp_path / "adapter", adapted)
     for vlm in (adapted, load(str(tmp_path / "adapter"))):
         assert common.generate(vlm, common.collate(vlm, records), 1.0, 24, seed=0) == again
     assert again[0] == ids[0][: ids[0].index(end) + 1]
@@ -223,7 +223,7 @@ def test_lora_and_4bit_train(model, data, tmp_path, alone):
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
     losses = [warmup.train_step(vlm, records, texts, optimizer, 2, alone)[0] for _ in range(5)]
     assert losses[-1] < losses[0] - 0.1
-    common.save_model(vlm, tmp_path)
+    common.save_model(tmp_path, vlm)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["base_model_name_or_path"] == model[1]
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model[1]), tmp_path).eval()
@@ -245,7 +245,7 @@ def test_one_network_in_every_stage(model, data, tmp_path, alone):
     warmup.train_step(vlm, records, ["So, the answer is cat."] * 2, optimizer, 2, alone)
     moved = [(a != b).float().mean().item() for a, b, p in zip(trained, before, trained, strict=True) if p.grad.any()]
     assert moved and min(moved) > 0.7
-    common.save_model(vlm, tmp_path)
+    common.save_model(tmp_path, vlm)
     batch = common.collate(vlm, records, common.response_ids(vlm, ["So, the answer is cat."] * 2))
     others = [load(str(tmp_path), *half, trainable=trainable) for trainable in (True, False)]
     with torch.no_grad():

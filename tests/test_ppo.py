@@ -269,7 +269,7 @@ def test_lora_dropout_in_warm_up_alone(cache, records, tmp_path):
     for name, parameter in vlm.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    common.save_model(vlm, tmp_path)
+    common.save_model(tmp_path, vlm)
     batch = common.collate(vlm, records[:3], common.response_ids(vlm, ["The left digit is 3."] * 3))
     policy = ppo.load_models(tmp_path, ppo.parse_args(["--device", "cpu", "--gradient-checkpointing"]), "cpu").policy
     with torch.no_grad():
