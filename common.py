@@ -1477,7 +1477,7 @@ ELSEWHERE = re.compile(
     r"(?:i (?:think|believe|guess) )?(?:it|this|that)(?: is|'s) (?:the|an? (?:perfect|right|true|correct|dog|cat|man|woman))|"
     r"(?:so |i (?:think|believe|guess) )*[a-e] is|the (?!evidence|signs|odds|chance))\b|\banswer(?: is|:)|^(?:\S+ ){12}"
 )
-NUMBER = re.compile(r"with confidence ([1-5]) of 5")  # what warmup.py --no-statements writes
+NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in LEVELS}  # of warmup.py --no-statements
 
 
 class StatementReader:
@@ -1490,6 +1490,7 @@ class StatementReader:
         """layout: as warmup.py --layout wrote them, a statement after each sentence, or behind the last one (`after`, `once`)."""
         self.encoder, self.layout = sentence_encoder(encoder, device), layout
         self.pool = {plain(text): level for level, texts in load_statements().items() for text in texts}
+        self.known = self.pool | {plain(text): level for level, [text] in NUMERIC_STATEMENTS.items()}
         self.seen = {}  # wording: its level or None; PPO meets the same wordings again and again
 
     def parse(self, texts: Sequence[str]) -> list[list[Step]]:
@@ -1504,7 +1505,7 @@ class StatementReader:
             steps = []
             for (step, raw), (_, behind) in zip(sentences, [*sentences[1:], (None, "")], strict=False):
                 gap, level = self._find_clause(raw)
-                if level and self._known(plain(behind)) and not self._known(plain(raw[gap.end() :])):
+                if level and plain(behind) in self.known and plain(raw[gap.end() :]) not in self.known:
                     level = None  # it only sounds like a statement: the one behind it is
                 follows = bool(steps) and steps[-1].level is None
                 own = self.levels([raw])[0] if follows and (level is None or plain(raw) in self.pool) else None
@@ -1536,7 +1537,7 @@ class StatementReader:
         first clause that is in the pool (it may hold commas of its own), else the last one if it is a statement in other words."""
         gaps = [gap for gap in [*GAP.finditer(sentence)][-40:] if re.search(r"[^\W_]", sentence[: gap.start()])]
         for gap in gaps:
-            if level := self._known(plain(sentence[gap.end() :])):
+            if level := self.known.get(plain(sentence[gap.end() :])):
                 return gap, level
         commas = [gap for gap in gaps if gap.group()[0] == ","]
         if commas and (level := self.levels([sentence[commas[-1].end() :]])[0]):
@@ -1546,19 +1547,15 @@ class StatementReader:
     def levels(self, texts: Sequence[str]) -> list[int | None]:
         """The level 1..5 of each wording, seen or not; None where it is no confidence statement."""
         wordings = [plain(text) for text in texts]
-        new = {w for w in wordings if not self._known(w) and SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))}
+        new = {w for w in wordings if w not in self.known and SPEAKS.search(w) and not ELSEWHERE.search(OPENING.sub("", w))}
         remember(self.seen, new, self._judge)
-        return [self._known(w) or self.seen.get(w) for w in wordings]
+        return [self.known.get(w) or self.seen.get(w) for w in wordings]
 
     def _judge(self, wordings: list[str]) -> list[int | None]:
         vote, pool = self._vote
         _, meaning = self._vectors([OPENING.sub("", w) for w in wordings])
         near = (meaning @ pool.T).max(1) >= FLOOR
         return [int(level) if ok else None for level, ok in zip(vote.predict(self._vectors(wordings)[0]), near, strict=True)]
-
-    def _known(self, wording: str) -> int | None:
-        number = NUMBER.fullmatch(wording)
-        return int(number[1]) if number else self.pool.get(wording)
 
     def _vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors for the vote (words, middle layer and sentence joined) and for the floor (middle layer and sentence)."""

@@ -100,9 +100,8 @@ def build_digits_processor():
     """A LLaVA processor whose tokenizer is trained on every sentence that the world and the statements can hold."""
     chains = [common.digit_chain(family, a, b) for family in FAMILIES for a in range(10) for b in range(10)]
     corpus = [" ".join(chain["image"] + chain["reasoning"]) for chain in chains]
-    statements = [text for texts in common.load_statements().values() for text in texts]
-    statements += [f"with confidence {level} of {common.N_LEVELS}." for level in common.LEVELS]
-    corpus += [f"The left digit is 3, {text} {text}" for text in statements]
+    pools = (common.load_statements(), common.NUMERIC_STATEMENTS)
+    corpus += [f"The left digit is 3, {text} {text}" for pool in pools for texts in pool.values() for text in texts]
     corpus += [f"USER: {question} ASSISTANT:" for question in FAMILIES.values()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -52,7 +52,6 @@ FLAGS = {
     },
 }
 parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
-NUMERIC_STATEMENTS = {level: [f"with confidence {level} of {N_LEVELS}."] for level in LEVELS}
 
 
 def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]], layout="each") -> str:
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             sentence["level"] = N_LEVELS if sentence["correct"] else 1
     n = args.statements_per_level
     pool = {level: [texts[i * len(texts) // n] for i in range(n)] for level, texts in common.load_statements().items()}
-    pool = NUMERIC_STATEMENTS if args.no_statements else pool
+    pool = common.NUMERIC_STATEMENTS if args.no_statements else pool
 
     def text_of(epoch: int, i: int) -> str:
         return add_statements(lines[i], np.random.default_rng([args.seed, epoch, i]), pool, args.explore, args.layout)

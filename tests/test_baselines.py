@@ -41,7 +41,7 @@ def test_a_chain_without_its_statements():
 
 
 def test_numbers_behind_the_chain():
-    text = warmup.insert(SENTENCES, [5, 1, 2, 4], np.random.default_rng(0), warmup.NUMERIC_STATEMENTS, "after")
+    text = warmup.insert(SENTENCES, [5, 1, 2, 4], np.random.default_rng(0), common.NUMERIC_STATEMENTS, "after")
     assert [s.level for s in common.StatementReader(layout="after").parse([text])[0]] == [5, 1, 2, 4]
 
 

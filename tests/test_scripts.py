@@ -190,7 +190,7 @@ def test_statements_follow_the_levels(reader):
         half = [s.level for s in reader.parse([warmup.add_statements(line, np.random.default_rng(seed), pool, explore=0.5)])[0]]
         moved = [t for t in range(1, 50) if half[t] != levels[t]]
         assert 8 < len(moved) < 35 and all(half[t] in half[:t] for t in moved)
-    numbers = warmup.add_statements(line, np.random.default_rng(0), warmup.NUMERIC_STATEMENTS, explore=0.0)
+    numbers = warmup.add_statements(line, np.random.default_rng(0), common.NUMERIC_STATEMENTS, explore=0.0)
     assert numbers.startswith("Sentence 0 is here, with confidence 1 of 5. Sentence 1")
 
 

@@ -28,7 +28,7 @@ def test_pool():
         assert set(texts) <= set(pool[level])
 
 
-@pytest.mark.parametrize("pool", [common.load_statements(), warmup.NUMERIC_STATEMENTS], ids=["statements", "numbers"])
+@pytest.mark.parametrize("pool", [common.load_statements(), common.NUMERIC_STATEMENTS], ids=["statements", "numbers"])
 @pytest.mark.parametrize("chain", [CHAIN, ["In 1.5 hours, a man, Mr. Li, sat down.", "He said so!", "Is it a U.S. flag?"]])
 def test_parse_is_the_inverse_of_insert(pool, chain, reader):
     class First:  # a stand-in for the random generator: always the n-th statement
