@@ -14,9 +14,7 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import contextlib
 import copy
 import fcntl
 import functools
@@ -38,8 +36,10 @@ import sys
 import warnings
 import zipfile
 import zlib
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -65,7 +65,7 @@ NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level w
 INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
-LOCKS: dict[Path, contextlib.ExitStack] = {}  # of the folders that this process works on
+LOCKS: dict[Path, ExitStack] = {}  # of the folders that this process works on
 NEW: set[Path] = set()  # those that it made
 PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
@@ -115,10 +115,10 @@ def usage_error(*problems: object) -> None:
         raise SystemExit(2)
 
 
-def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = lambda args: []) -> argparse.Namespace:
+def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = lambda args: []) -> Namespace:
     """Read the command line by tables of flags, {title: {name: (kind, default(s), help)}}; all problems, those of `check(args)`
     included, end the run in one line (exit code 2). A flag with two defaults stays None until `fill_defaults`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     parser.error = usage_error
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
@@ -147,7 +147,7 @@ def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = 
     return args
 
 
-def fill_defaults(args: argparse.Namespace, groups: dict[str, dict], data: str) -> None:
+def fill_defaults(args: Namespace, groups: dict[str, dict], data: str) -> None:
     """Give every flag with two defaults that was left out the one that goes with the data."""
     for flags in groups.values():
         for name, (_, *defaults, _) in flags.items():
@@ -155,7 +155,7 @@ def fill_defaults(args: argparse.Namespace, groups: dict[str, dict], data: str) 
                 setattr(args, name, defaults[not data.startswith("digits")])
 
 
-@contextlib.contextmanager
+@contextmanager
 def loading(what: str, name) -> Iterator[None]:
     """What cannot be used (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
     try:
@@ -189,7 +189,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Write a file under another name, flush it, then rename it: nothing ever leaves half of it."""
     path = Path(path)
@@ -249,7 +249,7 @@ class Run:
     """An open run folder and the processes that work on it; only the main one writes. setup: what stages hand on in run.json. A
     folder that holds anything but the same run (`free` flags may differ) is never touched without --overwrite (exit code 2)."""
 
-    def __init__(self, stage: str, args: argparse.Namespace, setup: dict, free: Sequence[str] = ()):
+    def __init__(self, stage: str, args: Namespace, setup: dict, free: Sequence[str] = ()):
         self.stage, self.out, self.overwrite, tracker = stage, Path(args.out), args.overwrite, getattr(args, "tracker", None)
         usage_error(tracker and not importlib.util.find_spec(tracker) and f"--tracker {tracker} needs the package {tracker}")
         self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=tracker, project_dir=args.out)
@@ -333,10 +333,10 @@ class Run:
             LOCKS.pop(self.out.resolve()).close()
 
 
-def lock(folder: Path, how: int = 0) -> contextlib.ExitStack:
+def lock(folder: Path, how: int = 0) -> ExitStack:
     """Make a folder and keep others out of it until the result is closed; wait for one that is in it (LOCK_NB: BlockingIOError)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         opened = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, opened)
         try:
@@ -662,7 +662,7 @@ def load_data(name: str, data_dir=None, split="train", limit=None, require_image
             continue
         seen[key] += 1  # a question annotated twice counts as two
         record = {"id": key if seen[key] == 1 else f"{key}#{seen[key]}", "image": "", "flaw": "malformed"}
-        with contextlib.suppress(*MALFORMED):
+        with suppress(*MALFORMED):
             image = int(row["image_id"]) if name == "aokvqa" else key
             places = [place / pattern.format(part=part, image=image) for place in folders for pattern in images]
             record |= {"image": str(next(filter(Path.is_file, places), places[0]))} | read_row(row, published)
@@ -729,7 +729,7 @@ def read_row(row: dict, published: bool) -> dict:
 def unpack(value, kind: type):
     """The list or dict (`kind`) that `value` is or, as a string, holds in JSON or Python; else TypeError, ValueError, ..."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = json.loads(value)
     value = ast.literal_eval(value.strip()) if isinstance(value, str) else value
     if not isinstance(value, kind):
@@ -820,7 +820,7 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
     return bool((logits - expected).abs().max() <= tolerance * logits.abs().max())
 
 
-def load_model(path: str | Path, args: argparse.Namespace, device: str, trainable: bool = False) -> VLM:
+def load_model(path: str | Path, args: Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
@@ -857,7 +857,7 @@ def load_model(path: str | Path, args: argparse.Namespace, device: str, trainabl
     return vlm
 
 
-def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
+def cannot_train(path: str | Path, args: Namespace) -> list[str]:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
     n = int(os.environ.get("WORLD_SIZE", 1))
@@ -868,7 +868,7 @@ def cannot_train(path: str | Path, args: argparse.Namespace) -> list[str]:
     return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag, given in flags.items() if given]
 
 
-def add_lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+def add_lora(model: nn.Module, args: Namespace) -> nn.Module:
     """A new LoRA adapter on the language model; exits with code 2 where the architecture has none of the target layers."""
     from peft import LoraConfig, get_peft_model
 
@@ -910,7 +910,7 @@ def save_checkpoint(path: Path, modules: dict, optimizers: dict, step: int) -> N
 def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
     """Restore what `save_checkpoint` wrote last and can be read -> the number of steps done; 0 without any."""
     for candidate in (path, Path(f"{path}.before")):
-        with contextlib.suppress(Exception):  # not there or damaged; torch's readers raise many kinds, and check no sums
+        with suppress(Exception):  # not there or damaged; torch's readers raise many kinds, and check no sums
             if not zipfile.ZipFile(candidate).testzip():
                 state = torch.load(candidate, map_location="cpu", weights_only=True)
                 break
@@ -1013,7 +1013,7 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     return responses
 
 
-@contextlib.contextmanager
+@contextmanager
 def images_encoded_once(vlm: VLM) -> Iterator[None]:
     """Inside, the frozen image tower sees the pictures of a batch once: sampling, measuring and reference share its output."""
     tower = vlm.base.get_encoder(modality="image")

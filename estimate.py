@@ -17,8 +17,8 @@ Choices beyond the paper
     python estimate.py --data aokvqa --responses chains.jsonl    # measure given responses (id, image, question, response)
 """
 
-import argparse
 import functools
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
@@ -67,7 +68,7 @@ FLAGS = {
 }
 
 
-def find_problems(args: argparse.Namespace) -> list:
+def find_problems(args: Namespace) -> list:
     given, unknown = args.responses, args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
     measured = [
         name
@@ -143,7 +144,7 @@ def build_digits_clip(folder: Path):
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
-def to_llava_vision(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
+def to_llava_vision(visual: nn.Module) -> dict[str, Tensor]:
     """Weights of an open_clip image tower under the names of transformers' CLIPVisionModel."""
     weights, names = {}, {"class_embedding": "embeddings.class_embedding", "conv1": "embeddings.patch_embedding"}
     names |= {"positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
@@ -169,7 +170,7 @@ def train_on_digits(trained: list, loss_of: Callable, steps: int, size: int, lr:
         loss = loss_of(*zip(*questions, strict=True))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
@@ -179,17 +180,17 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
     sentence is true of which image. Many are true of many, so pairs are judged one by one (SigLIP's loss, Zhai et al. 2023)."""
     torch.manual_seed(seed)
     model, tokenizer = build_digits_clip(folder)
-    head = torch.nn.Linear(64, 20)
-    scale, bias = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-5.0))
+    head = nn.Linear(64, 20)
+    scale, bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(-5.0))
 
-    def encode_images(images: Sequence[np.ndarray]) -> torch.Tensor:
+    def encode_images(images: Sequence[np.ndarray]) -> Tensor:
         return model.encode_image(torch.from_numpy(np.stack(images)).float()[:, None].expand(-1, 3, -1, -1) * 2 - 1)
 
-    def reading_loss(images, records) -> torch.Tensor:
+    def reading_loss(images, records) -> Tensor:
         labels = torch.tensor([[int(sentence[-2]) for sentence in record["reference"]["image"]] for record in records])
         return F.cross_entropy(head(encode_images(images)).view(-1, 10), labels.view(-1))
 
-    def pairing_loss(images, records) -> torch.Tensor:
+    def pairing_loss(images, records) -> Tensor:
         truths = [record["reference"]["image"] for record in records]
         captions = list(dict.fromkeys(sentence for truth in truths for sentence in truth))
         target = torch.tensor([[float(caption in truth) for caption in captions] for truth in truths])  # (images, captions)
@@ -227,7 +228,7 @@ def train_digits_model(folder: Path, seed: int, noise_scale: float, steps: int =
     model.model.vision_tower.requires_grad_(False)
     vlm, rng = common.make_vlm(model, processor), np.random.default_rng(seed)
 
-    def loss_of(images, records) -> torch.Tensor:
+    def loss_of(images, records) -> Tensor:
         ids, read = zip(*(taught_chain(record, processor.tokenizer, rng) for record in records), strict=True)
         records = [record | {"image": common.to_image(image)} for record, image in zip(records, images, strict=True)]
         batch = common.collate(vlm, records, ids)
@@ -244,7 +245,7 @@ def digits_paths(cache: str | Path, seed: int, noise_scale: float) -> dict[str, 
     return {name: str(Path(cache) / common.WORLD / f"digits-seed{seed}-noise{noise_scale:g}" / name) for name in ("clip", "model")}
 
 
-def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
+def build_digits_world(args: Namespace, needed: list[str]) -> None:
     """Build and train the world's two models where one of them is `needed` and that has not been done yet."""
     paths = digits_paths(args.cache, args.seed, args.noise_scale)
     for name, train in (("clip", train_digits_clip), ("model", train_digits_model)):
@@ -257,7 +258,7 @@ def build_digits_world(args: argparse.Namespace, needed: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- internal confidence
-def assign_levels(lines: list[dict], args: argparse.Namespace) -> dict:
+def assign_levels(lines: list[dict], args: Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
     sentences = common.all_sentences(lines)
     common.usage_error(not sentences and "no response holds a sentence")
@@ -340,7 +341,7 @@ def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
     common.save_figure(path, figure)
 
 
-def read_questions(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+def read_questions(args: Namespace) -> tuple[dict, list[dict]]:
     """The setup, which is handed from stage to stage, and the questions to answer, or the lines to give other levels."""
     if args.relevel:
         setup = common.read_run(args.relevel, "responses.jsonl")["setup"]

@@ -30,11 +30,11 @@ Choices beyond the paper
     python ppo.py --ckpt warmup/ --server http://localhost:8000    # an inference server samples; --server URL --help
 """
 
-import argparse
 import copy
 import functools
 import shutil
 import time
+from argparse import Namespace
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,7 @@ class Judge:
         return [(matches.any(1), conf(internal)) for matches, internal in zip(matched, levels, strict=True)]
 
 
-def rewards(roll: Rollout, judged: list, args: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
+def rewards(roll: Rollout, judged: list, args: Namespace) -> tuple[Tensor, dict[str, Tensor]]:
     """Reward of every token (B, T), without the KL penalty, and R_KA, R_EC, R_CS (B,); judged: I and IV of each one's sentences."""
     scores, parts = torch.zeros(roll.mask.shape), torch.zeros(len(roll.records), 3)
     weights = torch.tensor([args.alpha, args.beta, args.gamma])
@@ -355,7 +355,7 @@ def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, 
     return counts | {"auroc": common.auroc(levels[levels > 0], correct[levels > 0])}
 
 
-def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
+def load_models(ckpt: Path, args: Namespace, device: str) -> Models:
     """The warm-up policy to train, its frozen reference and a new value head (or the saved one of a PPO checkpoint)."""
     torch.manual_seed(args.seed)
     policy, reference = common.load_model(ckpt, args, device, trainable=True), None
@@ -372,7 +372,7 @@ def load_models(ckpt: Path, args: argparse.Namespace, device: str) -> Models:
     return Models(policy, reference, value_head)
 
 
-def make_optimizers(models: Models, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(models: Models, args: Namespace) -> dict[str, torch.optim.Optimizer]:
     policy = torch.optim.AdamW(common.trainable(models.policy.model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     return {"policy": policy, "value": torch.optim.AdamW(models.value_head.parameters(), lr=args.value_lr, weight_decay=0.0)}
 
