@@ -121,13 +121,13 @@ def risk_coverage(confidence, correct) -> np.ndarray:
 
 def sentence_metrics(predictions: list[dict]) -> dict:
     """What is reported for the whole chain and again for its image and its reasoning part."""
-    confidence, correct = stated(predictions)
+    sentences = stated(predictions)
     matched = [bool(sentence["correct"]) for sentence in all_sentences(predictions)]
     covered = [bool(hit) for p in predictions for part in p["covered"].values() for hit in part]
     precision, recall = mean(matched), mean(covered)  # eq. 19, micro-averaged over the test set
     # A chain that says nothing, or nothing right, scores F1 = 0; without any reference there is no F1.
     f1 = 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0  # eq. 20
-    metrics = {"mece": mece(predictions), "auroc_sentence": auroc(confidence, correct), "brier": brier(confidence, correct)}
+    metrics = {"mece": mece(predictions), "auroc_sentence": auroc(*sentences), "brier": brier(*sentences)}
     metrics |= {"f1": f1 if covered else math.nan, "precision": precision, "recall": recall}
     return metrics | {"n_sentences": len(matched)}
 
@@ -138,7 +138,6 @@ def compute_metrics(predictions: list[dict]) -> dict:
     last = [p["sentences"][-1] | {"correct": p["answer_correct"]} for p in predictions if p["sentences"]]
     answers = stated([{"sentences": last}])  # eq. 1: c is that of the last sentence
     levels = [sentence["level"] for sentence in all_sentences(predictions)]
-    constant, constant_level = mece_constant(predictions)
     direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
     metrics = {"ece": ece(*answers), "auroc": auroc(*answers)}
     metrics |= {"accuracy": mean([bool(p["answer_correct"]) for p in predictions]), "coverage": mean([bool(n) for n in levels])}
@@ -147,7 +146,7 @@ def compute_metrics(predictions: list[dict]) -> dict:
     metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])
     metrics["level_histogram"] = {**{str(level): levels.count(level) for level in LEVELS}, "none": levels.count(None)}
     metrics |= {"brier_skill": brier_skill(*sentences), "aurc": mean(risk_coverage(*sentences))}
-    metrics |= {"mece_constant": constant, "mece_constant_level": constant_level}
+    metrics["mece_constant"], metrics["mece_constant_level"] = mece_constant(predictions)
     metrics |= {part: sentence_metrics(only(predictions, part)) for part in PARTS}
     return json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # NaN is no JSON
 
@@ -196,7 +195,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     n_right, n_wrong = ([((confidence == value) & (correct == ok)).sum() for value in x] for ok in (1, 0))
     right.bar(x, n_right, 0.17, color="#009E73", label="right")
     bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
-    right.bar_label(bars, labels=[a + b for a, b in zip(n_right, n_wrong, strict=True)])
+    right.bar_label(bars, labels=np.add(n_right, n_wrong))
     n_none = sum(sentence["level"] is None for sentence in all_sentences(predictions))
     right.set(ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
     for axis in (left, right):
@@ -302,11 +301,12 @@ def predict(vlm: common.VLM, reader, matcher, records: list[dict], max_new_token
         for i, step in enumerate(steps):
             sentence = {"text": step.text, "statement": step.statement, "level": step.level}
             sentences.append(sentence | {"correct": bool(matched[i].any()), "part": common.part_of(record, i)})
-        covered = matched.any(0).tolist()
+        hits = matched.any(0).tolist()
+        covered = {"image": hits[:n_image], "reasoning": hits[n_image:]}
         answer = common.extract_answer(chain, record["choices"])
+        right = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
         prediction = record | {"response": text, "n_tokens": n_tokens, "prediction": answer, "sentences": sentences}
-        prediction["answer_correct"] = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
-        predictions.append(prediction | {"covered": {"image": covered[:n_image], "reasoning": covered[n_image:]}})
+        predictions.append(prediction | {"answer_correct": right, "covered": covered})
     return predictions
 
 
