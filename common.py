@@ -1588,12 +1588,12 @@ class Matcher:
 
     def __call__(self, generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Sentences of n responses and of their n reference chains -> n arrays, bool (generated, reference)."""
-        pairs = [[*itertools.product(said, facts)] for said, facts in zip(generated, references, strict=True)]
+        chains, matched = [*zip(generated, references, strict=True)], []
         if self.similarity:
-            self.similarity([pair for part in pairs for pair in part])  # in one go; looked up below
-        matched = []
-        for part, said, facts in zip(pairs, generated, references, strict=True):
-            scores = self.similarity(part) if self.similarity else np.array([plain(a) == plain(b) for a, b in part], dtype=float)
+            self.similarity([pair for chain in chains for pair in itertools.product(*chain)])  # in one go; looked up below
+        for said, facts in chains:
+            pairs = [*itertools.product(said, facts)]
+            scores = self.similarity(pairs) if self.similarity else np.array([plain(a) == plain(b) for a, b in pairs])
             matched.append((scores >= self.threshold).reshape(len(said), len(facts)))
         return matched
 
