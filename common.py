@@ -254,7 +254,8 @@ class Run:
         usage_error(tracker and not importlib.util.find_spec(tracker) and f"--tracker {tracker} needs the package {tracker}")
         self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=tracker, project_dir=args.out)
         self.device = args.device if self.accelerator.num_processes == 1 else str(self.accelerator.device)
-        if self.accelerator.is_main_process:
+        self.is_main = self.accelerator.is_main_process
+        if self.is_main:
             resolved = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "tracker", *free)}
             places = {name: path for name in INPUTS if os.path.exists(path := resolved.get(name) or "")}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
@@ -264,7 +265,7 @@ class Run:
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
         self.finished = self.begun = (self.out / "done").exists() and not args.overwrite
-        if self.finished and self.accelerator.is_main_process:
+        if self.finished and self.is_main:
             print(f"{self.out}/ already holds this run; --overwrite repeats it")
             self._leave()
         elif tracker:
@@ -304,7 +305,7 @@ class Run:
         if self.begun:
             return
         self.begun = True
-        if self.accelerator.is_main_process:
+        if self.is_main:
             old = sorted(self.out.iterdir(), key=lambda path: (path.name == "run.json") - (path.name == "done"))
             for path in old if self.overwrite else ():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -318,7 +319,7 @@ class Run:
     def write(self, writer: Callable, name: str, *values) -> None:
         """writer(path of `name` in the folder, *values), in the main process."""
         self.begin()
-        if self.accelerator.is_main_process:
+        if self.is_main:
             writer(self.out / name, *values)
 
     def finish(self) -> None:
@@ -329,7 +330,7 @@ class Run:
 
     def _leave(self) -> None:
         """Let other processes into the folder."""
-        if self.accelerator.is_main_process:
+        if self.is_main:
             LOCKS.pop(self.out.resolve()).close()
 
 
@@ -404,7 +405,7 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
     if [line.get("id") for line in lines] != [record["id"] for record in records[: len(lines)]]:
         usage_error(f"{run.out / name} has answers to other questions: the data has changed; add --overwrite")
     run.write(write_jsonl, name, lines)
-    with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not processes.is_main_process) as bar:
+    with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not run.is_main) as bar:
         for starts in chunks(range(len(lines), len(records), batch_size), processes.num_processes):
             mine = starts[processes.process_index :][:1]
             new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
@@ -415,7 +416,7 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
             bar.update(len(new))
             bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
     whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
-    if whole and processes.is_main_process:  # in a language whose stops are not known, perhaps
+    if whole and run.is_main:  # in a language whose stops are not known, perhaps
         print(f"{len(whole)} responses of 200 characters or more are one sentence, one confidence: {', '.join(whole[:3])}, ...")
     return lines
 
@@ -439,7 +440,7 @@ class Training:
         self.log = read_jsonl(run.out / "log.jsonl")[:start]
         usage_error(len(self.log) < start and f"{run.out}/log.jsonl is damaged: {len(self.log)} lines of {start} steps")
         run.write(write_jsonl, "log.jsonl", self.log)
-        with tqdm(total=self.steps, initial=start, desc=run.stage, disable=not run.accelerator.is_main_process) as self.bar:
+        with tqdm(total=self.steps, initial=start, desc=run.stage, disable=not run.is_main) as self.bar:
             yield from range(start, self.steps)
 
     def record(self, row: dict, *shown: str) -> None:

@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("estimate", args, setup)
     if run.finished:
         return
-    if run.accelerator.is_main_process:
+    if run.is_main:
         build_digits_world(args, [setup["model"], setup["clip"]])
     run.accelerator.wait_for_everyone()
     if args.statement_encoder:  # only later stages need it
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         return lines
 
     lines = common.answer_in_batches(run, records, args.batch_size, "responses.jsonl", answer)
-    if run.accelerator.is_main_process:
+    if run.is_main:
         confidence = assign_levels(lines, args)
         common.write_json(run.out / "confidence.json", confidence)
         summarize(lines)

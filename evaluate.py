@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         return predict(vlm, reader, matcher, batch, args.max_new_tokens, args.seed * 1_000_000 + start, args.consistency)
 
     predictions = common.answer_in_batches(run, records, args.batch_size, "predictions.jsonl", answer)
-    if run.accelerator.is_main_process:
+    if run.is_main:
         metrics = compute_metrics(predictions)
         plot_reliability(predictions, run.out / "reliability.png")
         write_report(predictions, metrics, run.out / "report.html", f"{args.ckpt} on {setup['data']}, {args.split} split")
