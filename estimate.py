@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT
+from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences
 
 LEVELS_BY = ("sigma", "uniform", "calibrated", "consistency", "random")
 FLAGS = {
@@ -260,7 +260,7 @@ def build_digits_world(args: Namespace, needed: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- internal confidence
 def assign_levels(lines: list[dict], args: Namespace) -> dict:
     """Fit confidence.json on all sentences and write `u` and `level` into each."""
-    sentences = common.all_sentences(lines)
+    sentences = all_sentences(lines)
     common.usage_error(not sentences and "no response holds a sentence")
     raw, correct = np.array([[sentence[name] for name in ESTIMATORS] for sentence in sentences]), [s["correct"] for s in sentences]
     ids = np.array([str(line["id"]) for line in lines for _ in line["sentences"]])
@@ -306,7 +306,7 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
 
 def summarize(lines: list[dict]) -> None:
     """Print how well each uncertainty tells wrong sentences from right ones, and what the levels hold."""
-    names, sentences = (*ESTIMATORS, "u", "correct", "part", "level"), common.all_sentences(lines)
+    names, sentences = (*ESTIMATORS, "u", "correct", "part", "level"), all_sentences(lines)
     *values, right, part, levels = (np.array([sentence[name] for sentence in sentences]) for name in names)
     known, wrong = None not in right, ~right.astype(bool)
     matching = f", {1 - wrong.mean():.3f} of them match a reference chain" * known
@@ -327,7 +327,7 @@ def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
     """U_Final of right and wrong sentences (or of those of which nobody knows) with its cuts."""
     from matplotlib.figure import Figure
 
-    sentences = common.all_sentences(lines)
+    sentences = all_sentences(lines)
     kinds = {"right": True, "wrong": False, "right or wrong, not known": None}
     values = {name: [sentence["u"] for sentence in sentences if sentence["correct"] is kind] for name, kind in kinds.items()}
     values, colors = {name: of for name, of in values.items() if of}, {"right": "#4477aa", "wrong": "#ee6677"}
@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.levels == "consistency":
             chains = [[sentence["text"] for sentence in line["sentences"]] for line in lines]
             shares, _ = common.self_consistency(vlm, batch, chains, matcher, args.samples, args.max_new_tokens, seed)
-            for sentence, share in zip(common.all_sentences(lines), np.concatenate(shares), strict=True):
+            for sentence, share in zip(all_sentences(lines), np.concatenate(shares), strict=True):
                 sentence["consistency"] = float(share)
         return lines
 

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, conf
+from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, Step, conf, response_statistics
 
 FLAGS = {
     "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write"), **TRAINING_FLAGS},
@@ -112,7 +112,7 @@ class Rollout:
 
     records: list[dict]  # the question of each response
     responses: list[common.Response]
-    steps: list[list[common.Step]]  # its sentences and statements
+    steps: list[list[Step]]  # its sentences and statements
     mask: Tensor  # (B, T) bool: response tokens
     statement: Tensor  # (B, T) bool: tokens of statements
     logprob: Tensor  # (B, T) of the policy that sampled
@@ -124,9 +124,9 @@ class Rollout:
 def reference_logprob(models: Models, batch: common.Batch) -> Tensor:
     """Log-probability of the response tokens under the frozen warm-up policy (B, T)."""
     if models.reference:
-        return common.response_statistics(models.reference, batch)[0]
+        return response_statistics(models.reference, batch)[0]
     models.policy.model.set_adapter("reference")
-    logprob, _, _ = common.response_statistics(models.policy, batch)
+    logprob, _, _ = response_statistics(models.policy, batch)
     models.policy.model.set_adapter("default")
     return logprob
 
@@ -142,7 +142,7 @@ def rollout(models: Models, reader, questions: list[dict], args, seed: int, firs
             prompts = common.collate(policy, part)
             ids = common.generate(policy, prompts, 1.0, args.max_new_tokens, seed + 1_000_003 * (first + len(responses)))
             batch = common.add_responses(policy, prompts, ids)
-            statistics = (*common.response_statistics(policy, batch), reference_logprob(models, batch))
+            statistics = (*response_statistics(policy, batch), reference_logprob(models, batch))
         for row, tokens in enumerate(ids):
             responses.append(common.read_response(policy.tokenizer, tokens))
             measured.append([values[row, : len(tokens)].float().cpu() for values in statistics])
@@ -195,7 +195,7 @@ def rewards(roll: Rollout, judged: list, args: Namespace) -> tuple[Tensor, dict[
     return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))
 
 
-def sentence_rewards(steps: list[common.Step], correct: np.ndarray, internal: np.ndarray) -> Tensor:
+def sentence_rewards(steps: list[Step], correct: np.ndarray, internal: np.ndarray) -> Tensor:
     """What R_KA, R_EC and R_CS are the means of, for every sentence (sentences, 3)."""
     terms = torch.full((len(steps), 3), -1.0)
     for t, step in enumerate(steps):
@@ -267,7 +267,7 @@ def update(models: Models, optimizer, roll: Rollout, advantages: Tensor, args, s
             optimizer.zero_grad()
             for rows in mb_rows.split(args.micro_batch) if len(mb_rows) else ():
                 batch = common.collate(policy, [roll.records[i] for i in rows], [roll.responses[i].ids for i in rows])
-                logprob, entropy, _ = common.response_statistics(policy, batch)
+                logprob, entropy, _ = response_statistics(policy, batch)
                 mask, width = batch.mask, batch.mask.shape[1]
                 statement, old_logprob, adv = (x[rows, :width].to(device) for x in (roll.statement, roll.logprob, advantages))
                 pg_loss, diagnostics = policy_loss(logprob[mask], old_logprob[mask], adv[mask], args.clip_range)
@@ -347,7 +347,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     return logged | {name: logged[name] / n_sentences for name in SAID}
 
 
-def level_statistics(steps: list[list[common.Step]], judged: list) -> dict[str, float]:
+def level_statistics(steps: list[list[Step]], judged: list) -> dict[str, float]:
     """How often each level is said, and how well the levels tell right sentences from wrong ones."""
     levels = np.array([step.level or 0 for found in steps for step in found])
     correct = np.array([ok for oks, _ in judged for ok in oks])
