@@ -64,6 +64,7 @@ LEVELS = range(1, N_LEVELS + 1)
 NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
 INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
 PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
+StrPath = str | Path
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
 LOCKS: dict[Path, ExitStack] = {}  # of the folders that this process works on
 NEW: set[Path] = set()  # those that it made
@@ -165,11 +166,11 @@ def loading(what: str, name) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- run folders
-def read_json(path: str | Path):
+def read_json(path: StrPath):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_object(path: str | Path, *keys: str) -> dict:
+def read_object(path: StrPath, *keys: str) -> dict:
     """The JSON object in a file, which must have these keys; exits with code 2 where it is damaged."""
     try:
         value = unpack(read_json(path), dict)
@@ -180,17 +181,17 @@ def read_object(path: str | Path, *keys: str) -> dict:
     return value
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: StrPath, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: StrPath) -> Iterator[Path]:
     """Write a file under another name, flush it, then rename it: nothing ever leaves half of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
@@ -200,7 +201,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
+def read_jsonl(path: StrPath, own: bool = True) -> list[dict]:
     """All records of a JSON-lines file (none where there is no file). In a run's own file a last line cut short by an interruption
     is dropped; every other line that is no JSON object exits with code 2."""
     records, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
@@ -212,7 +213,7 @@ def read_jsonl(path: str | Path, own: bool = True) -> list[dict]:
     return records
 
 
-def read_finished(folder: str | Path, name: str, key: str) -> list[dict]:
+def read_finished(folder: StrPath, name: str, key: str) -> list[dict]:
     """The questions, each with this key, of a file that an earlier stage has finished; exits with code 2 where one lacks something
     or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
@@ -225,16 +226,16 @@ def read_finished(folder: str | Path, name: str, key: str) -> list[dict]:
     return records
 
 
-def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+def write_jsonl(path: StrPath, records: Sequence[dict]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def append_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+def append_jsonl(path: StrPath, records: Sequence[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_run(folder: str | Path, *needed: str) -> dict:
+def read_run(folder: StrPath, *needed: str) -> dict:
     """The record run.json of a finished run that holds the `needed` files, none of them damaged since; else exits with code 2."""
     folder = Path(folder)
     usage_error(not folder.is_dir() and f"no such folder: {folder}/")
@@ -349,7 +350,7 @@ def lock(folder: Path, how: int = 0) -> ExitStack:
         return stack.pop_all()
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: StrPath) -> str:
     """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON and weights."""
     path, digest = Path(path), hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -550,7 +551,7 @@ def damage_scan(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return scan
 
 
-def digits_data(name: str, split: str, limit: int, cache: str | Path, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
+def digits_data(name: str, split: str, limit: int, cache: StrPath, seed: int = 0, noise_scale: float = 1.0) -> list[dict]:
     """`limit` questions of a split, as `load_data` gives them, the first n the same for every limit; images go into `cache`."""
     folder = Path(cache) / WORLD / f"{name}-{split}-seed{seed}-noise{noise_scale:g}"
     with loading("--cache", cache):
@@ -821,7 +822,7 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
     return bool((logits - expected).abs().max() <= tolerance * logits.abs().max())
 
 
-def load_model(path: str | Path, args: Namespace, device: str, trainable: bool = False) -> VLM:
+def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
@@ -858,7 +859,7 @@ def load_model(path: str | Path, args: Namespace, device: str, trainable: bool =
     return vlm
 
 
-def cannot_train(path: str | Path, args: Namespace) -> list[str]:
+def cannot_train(path: StrPath, args: Namespace) -> list[str]:
     """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
     gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
     n = int(os.environ.get("WORLD_SIZE", 1))
@@ -891,7 +892,7 @@ def enable_train_mode(vlm: VLM, checkpointing: bool = True, lora_dropout: bool =
             module.p = 0.0
 
 
-def save_model(folder: str | Path, vlm: VLM) -> None:
+def save_model(folder: StrPath, vlm: VLM) -> None:
     """Full weights, or a PEFT adapter, and the processor, in Hugging Face format."""
     vlm.model.save_pretrained(folder)
     getattr(getattr(vlm.tokenizer, "backend_tokenizer", None), "no_padding", int)()  # it would save how the last batch was padded
@@ -1317,7 +1318,7 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, m
         for i, (step, values, matches) in enumerate(zip(steps[row], raw[row], matched[row], strict=True)):
             sentence = {"text": step.text, "start": step.start, "end": step.end, "part": part_of(record, i)}
             sentence["n_tokens"] = len(step_tokens(response.offsets, step.start, step.end))
-            sentence |= dict(zip(ESTIMATORS, values.tolist(), strict=True))
+            sentence |= zip(ESTIMATORS, values.tolist(), strict=True)
             sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
         line = {"response": response.text, "sentences": sentences, "finished": response.ids[-1] in vlm.end_tokens}
         lines.append(record | line)
@@ -1504,7 +1505,7 @@ class StatementReader:
                 parsed.append(self._match_behind(sentences))
                 continue
             steps = []
-            for (step, raw), (_, behind) in zip(sentences, [*sentences[1:], (None, "")], strict=False):
+            for (step, raw), (_, behind) in itertools.pairwise([*sentences, (None, "")]):
                 gap, level = self._find_clause(raw)
                 if level and plain(behind) in self.known and plain(raw[gap.end() :]) not in self.known:
                     level = None  # it only sounds like a statement: the one behind it is
