@@ -1168,7 +1168,7 @@ class SentenceEncoder:
         batch = self.model.tokenizer([f"{t}." for t in texts], padding=True, truncation=True, return_tensors="pt").to(self.device)
         hidden = self.model[0].auto_model(**batch, output_hidden_states=True).hidden_states
         mask = batch["attention_mask"].unsqueeze(-1)  # (n, L, 1)
-        return [F.normalize((hidden[i] * mask).sum(1), dim=-1).cpu().numpy() for i in (0, 4, -1)]
+        return [F.normalize((hidden[i] * mask).sum(1)).cpu().numpy() for i in (0, 4, -1)]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (n, d) of unit length, float32."""
@@ -1249,13 +1249,13 @@ class ClipScorer:
 
     def _see(self, paths: list[str]) -> np.ndarray:
         pixels = torch.stack([self.preprocess(load_image(path)) for path in paths]).to(self.device)
-        return F.normalize(self.model.encode_image(pixels), dim=-1).cpu().numpy()
+        return F.normalize(self.model.encode_image(pixels)).cpu().numpy()
 
     def _read(self, sentences: list[str]) -> np.ndarray:
         parts = [self.windows(sentence) for sentence in sentences]
         tokens = self.tokenizer([window for windows in parts for window in windows]).to(self.device)
-        vectors = F.normalize(self.model.encode_text(tokens), dim=-1).split([len(windows) for windows in parts])
-        return F.normalize(torch.stack([vector.mean(0) for vector in vectors]), dim=-1).cpu().numpy()
+        vectors = F.normalize(self.model.encode_text(tokens)).split([len(windows) for windows in parts])
+        return F.normalize(torch.stack([vector.mean(0) for vector in vectors])).cpu().numpy()
 
     def windows(self, sentence: str) -> list[str]:
         """The sentence, halved until its parts fit the context."""

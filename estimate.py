@@ -122,7 +122,7 @@ def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2, "num_hidden_layers": layers}
-    tokens = {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0}
     text = transformers.LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **tokens)
     features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": processor.image_token_id}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
@@ -160,7 +160,7 @@ def to_llava_vision(visual: nn.Module) -> dict[str, Tensor]:
 def train_on_digits(trained: list, loss_of: Callable, steps: int, size: int, lr: float, seed, noise_scale, desc, clear=0) -> None:
     """AdamW on fresh questions from the base pool; loss_of(images (16, 16) in [0, 1], records) -> loss. The first `clear` steps
     draw clear images only: learning under full noise hardly starts."""
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98))
     rng = np.random.default_rng([seed, *desc.encode()])
     bar = tqdm(range(steps), desc=desc, leave=False)
     for step in bar:
@@ -194,8 +194,8 @@ def train_digits_clip(folder: Path, seed: int, noise_scale: float, steps: tuple[
         truths = [record["reference"]["image"] for record in records]
         captions = list(dict.fromkeys(sentence for truth in truths for sentence in truth))
         target = torch.tensor([[float(caption in truth) for caption in captions] for truth in truths])  # (images, captions)
-        v = F.normalize(encode_images(images), dim=-1)
-        s = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
+        v = F.normalize(encode_images(images))
+        s = F.normalize(model.encode_text(tokenizer(captions)))
         return F.binary_cross_entropy_with_logits(scale * v @ s.T + bias, target, reduction="sum") / len(records)
 
     tower = [*model.visual.parameters(), *head.parameters()]

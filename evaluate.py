@@ -78,7 +78,7 @@ def ece(confidence, correct, n_bins: int = 10) -> float:
     if not len(confidence):
         return math.nan
     gap = np.subtract(correct, confidence, dtype=float)
-    bins = np.searchsorted(np.arange(1, n_bins) / n_bins, confidence, side="left")  # (N,)
+    bins = np.searchsorted(np.arange(1, n_bins) / n_bins, confidence)  # (N,)
     # |B|/n |sum(correct)/|B| - sum(confidence)/|B|| = |sum(correct - confidence)|/n, so empty bins need no special case
     return float(sum(abs(gap[bins == b].sum()) for b in range(n_bins)) / len(gap))
 
