@@ -816,8 +816,7 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
     if type(head) is not nn.Linear or head.bias is not None or not hasattr(base, "model"):
         return False
     tokens = torch.tensor([[0, 1]], device=model.device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    logits, expected = model(**inputs).logits, head(base.model(**inputs).last_hidden_state)
+    logits, expected = model(input_ids=tokens).logits, head(base.model(input_ids=tokens).last_hidden_state)
     tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
     return bool((logits - expected).abs().max() <= tolerance * logits.abs().max())
 
