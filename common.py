@@ -785,8 +785,8 @@ class VLM:
     tokenizer: object
     plain_head: bool  # its logits are head(hidden) and nothing else
     end_tokens: list[int]  # any of them ends a response; its tokenizer's own comes first
+    special: re.Pattern  # what would become an image token or another special one in a question or response
     train_mode: bool = False  # passes with gradient need train mode: gradient checkpointing, dropout of an adapter
-    special: re.Pattern = re.compile("(?!)")  # what would become an image token or another special one in a question or response
 
 
 def make_vlm(model: nn.Module, processor) -> VLM:
@@ -803,10 +803,11 @@ def make_vlm(model: nn.Module, processor) -> VLM:
     special = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\s*")
     banned = [token for token in tokenizer.convert_tokens_to_ids(names) if token not in (None, *ends)]
     model.eval()
-    tokens = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": banned or None}
-    base.generation_config = transformers.GenerationConfig(**tokens)
+    base.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, suppress_tokens=banned or None
+    )
     head = model.get_output_embeddings()
-    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, False, special)
+    return VLM(model, base, head, processor, tokenizer, has_plain_head(model, base, head), ends, special)
 
 
 @torch.no_grad()

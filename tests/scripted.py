@@ -1,5 +1,6 @@
 """What several tests share: a policy whose every probability is set, a model that says what a test wants, a refusal in a line."""
 
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -74,7 +75,7 @@ class Bigram(nn.Module):
 
     def vlm(self, processor):
         ends = [processor.tokenizer.eos_token_id]
-        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, ends)
+        return common.VLM(self, self, self.head, processor, processor.tokenizer, True, ends, re.compile("(?!)"))
 
     def get_encoder(self, modality):
         return self.tower
