@@ -1118,7 +1118,7 @@ class HeadStatistics(torch.autograd.Function):
             logp = HeadStatistics.logits(hidden[rows], weight).log_softmax(-1)
             # d log p_y / dz_i = [i = y] - p_i,  dH / dz_i = -p_i (log p_i + H)
             g = -logp.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropy[rows, None]))
-            g[torch.arange(len(rows), device=g.device), targets[rows]] += grad_logprob[rows]
+            g.scatter_add_(-1, targets[rows, None], grad_logprob[rows, None])
             if to_hidden is not None:
                 to_hidden[rows] = g @ weight.float()
             if to_weight is not None:
