@@ -333,7 +333,11 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     value_fit = fit_value(models.value_head, optimizers["value"], hidden, known, b_returns, epochs, seed, accelerator)
 
     # 5. what happened, on the mean of all processes
-    stats |= {name: part.mean().item() for name, part in parts.items()} | level_statistics(roll.steps, judged)
+    stats |= {name: part.mean().item() for name, part in parts.items()}
+    levels = np.array([step.level or 0 for steps in roll.steps for step in steps])
+    correct = np.array([ok for oks, _ in judged for ok in oks])
+    stats |= {name: float((levels == level).sum()) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
+    stats["auroc"] = common.auroc(levels[levels > 0], correct[levels > 0])  # how well levels tell right sentences from wrong ones
     stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
     stats["kl"] = ((-logratio).exp() - 1 + logratio).sum(1).mean().item()
     sampled_returns, _ = gae(penalised, torch.zeros_like(values), roll.mask, args.discount, 1.0)
@@ -345,14 +349,6 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     logged = dict(zip(stats, means.tolist(), strict=True))
     n_sentences = max(sum(logged[name] for name in SAID), 1e-8)
     return logged | {name: logged[name] / n_sentences for name in SAID}
-
-
-def level_statistics(steps: list[list[Step]], judged: list) -> dict[str, float]:
-    """How often each level is said, and how well the levels tell right sentences from wrong ones."""
-    levels = np.array([step.level or 0 for found in steps for step in found])
-    correct = np.array([ok for oks, _ in judged for ok in oks])
-    counts = {name: float((levels == level).sum()) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
-    return counts | {"auroc": common.auroc(levels[levels > 0], correct[levels > 0])}
 
 
 def load_models(ckpt: Path, args: Namespace, device: str) -> Models:
