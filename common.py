@@ -949,10 +949,6 @@ class Batch:
     responses: Tensor  # (B, T) token ids
     mask: Tensor  # (B, T) True where a response token stands (its end-of-sequence token included)
 
-    @property
-    def start(self) -> int:  # first response column
-        return self.inputs["input_ids"].shape[1] - self.responses.shape[1]
-
 
 # What a model wrote: token ids, the last of which ends it, unless it was cut; characters [start, end) of `text` that each adds.
 Response = namedtuple("Response", "ids text offsets")
@@ -1007,7 +1003,7 @@ def generate(vlm: VLM, prompts: Batch, temperature: float, max_new_tokens: int, 
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     config = copy.deepcopy(vlm.base.generation_config)  # what ends, pads and is never sampled
     config.update(max_new_tokens=max_new_tokens, **sampling)
-    output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.start :]
+    output = vlm.model.generate(**prompts.inputs, generation_config=config)[:, prompts.inputs["input_ids"].shape[1] :]
     responses = []
     for ids in output.tolist():
         length = next((n for n, token in enumerate(ids, 1) if token in vlm.end_tokens), len(ids))
@@ -1058,16 +1054,16 @@ def response_statistics(vlm: VLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]
     """The one place where statistics are made: a forward pass -> log-probability (B, T), entropy (B, T), 0 outside the mask, and
     last hidden state (B, T, H) of the response tokens. Only response tokens meet the output head."""
     vlm.model.train(vlm.train_mode and torch.is_grad_enabled())
-    before = slice(batch.start - 1, -1)  # the state at position t - 1 predicts token t
+    kept = batch.responses.shape[1] + 1
+    before = slice(-kept, -1)  # the state at position t - 1 predicts token t
     targets = batch.responses[batch.mask]  # (tokens,)
     if vlm.plain_head:
         hidden = vlm.base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before]  # (B, T, H)
         logprob, entropy = HeadStatistics.apply(hidden[batch.mask], vlm.head.weight, targets)
     else:
-        kept = batch.responses.shape[1] + 1
         output = vlm.model(**batch.inputs, use_cache=False, output_hidden_states=True, logits_to_keep=kept)
         hidden = output.hidden_states[-1][:, before]
-        logprob, entropy = token_statistics(output.logits[:, -kept:-1][batch.mask], targets)
+        logprob, entropy = token_statistics(output.logits[:, before][batch.mask], targets)
     zeros = torch.zeros(batch.mask.shape, device=hidden.device)
     return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, entropy), hidden
 

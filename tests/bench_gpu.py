@@ -92,7 +92,7 @@ def reinforce(adapter: Path, records: list[dict], args, clip: str, alone: Accele
     measured(f"ppo.py, an update of {n} responses, rollout included", update)
     sample = lambda prompts: common.generate(policy, prompts, 0.1, args.max_new_tokens, 0)  # noqa: E731
     measured(f"estimate.py, {len(records[:8])} questions", lambda: common.measure(policy, records[:8], sample, *tools))
-    return common.collate(policy, records[:1]).start
+    return common.collate(policy, records[:1]).inputs["input_ids"].shape[1]
 
 
 def stages(name: str, work: Path, bench, clip: str) -> None:

@@ -133,7 +133,7 @@ def measure(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, to
     vlm = common.make_vlm(model, processor)
     pixels = [common.draw_digits(np.random.default_rng(i), "base")[0] for i in range(micro_batch)]
     records = [{"image": common.to_image(x), "question": "?", "reference": {"image": [], "reasoning": []}} for x in pixels]
-    prompt = common.collate(vlm, records).start
+    prompt = common.collate(vlm, records).inputs["input_ids"].shape[1]
     with tempfile.TemporaryDirectory() as folder:
         common.save_model(folder, vlm)
         del model, vlm

@@ -84,7 +84,8 @@ def main() -> None:
             common.generate(models.policy, common.collate(models.policy, part), 1.0, args.max_new_tokens, 0)
 
     def logits(vlm, batch):
-        hidden = vlm.base.model(**batch.inputs, use_cache=False).last_hidden_state[:, batch.start - 1 : -1][batch.mask]
+        before = slice(-batch.responses.shape[1] - 1, -1)
+        hidden = vlm.base.model(**batch.inputs, use_cache=False).last_hidden_state[:, before][batch.mask]
         return vlm.head(hidden)
 
     def passes():

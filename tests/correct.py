@@ -117,7 +117,7 @@ class Tools:
         lengths, ended = list(room), [False] * len(room)
 
         def stop(input_ids: torch.Tensor, scores, **_) -> torch.Tensor:  # each row by itself; what follows in it is padding
-            for i, new in enumerate(input_ids[:, prompts.start :].tolist()):
+            for i, new in enumerate(input_ids[:, prompts.inputs["input_ids"].shape[1] :].tolist()):
                 if not ended[i] and (len(new) >= room[i] or sampled and self.states(prefixes[i] + new, until[i])):
                     ended[i], lengths[i] = True, len(new)
             return torch.tensor(ended, device=input_ids.device)

@@ -105,7 +105,7 @@ def test_what_a_model_does_with_its_logits(base, records, transform, plain):
     batch = common.collate(vlm, records[:3], common.response_ids(vlm, ["The left digit is 3.", "No.", "3 plus 5 is 8."]))
     with torch.no_grad():
         logprob, entropy, hidden = common.response_statistics(vlm, batch)
-        logits = model(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
+        logits = model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1][batch.mask]
     expected = loop_statistics(logits, batch.responses[batch.mask])
     assert logprob[batch.mask].tolist() == pytest.approx(expected[0], abs=1e-4)
     assert entropy[batch.mask].tolist() == pytest.approx(expected[1], abs=1e-4)
@@ -419,7 +419,7 @@ def test_statistics_are_those_of_temperature_one(base, records, temperature):
     batch = common.collate(base, records, ids)
     with torch.no_grad():
         logprob, entropy, _ = common.response_statistics(base, batch)
-        logits = base.model(**batch.inputs).logits[:, batch.start - 1 : -1]
+        logits = base.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1]
     for row in (0, 7):
         n = len(ids[row])
         expected = loop_statistics(logits[row, :n], torch.tensor(ids[row]))
@@ -432,7 +432,7 @@ def test_greedy_takes_the_most_likely_token(base, records):
     ids = common.generate(base, common.collate(base, records), 0.0, 20, seed=1)
     batch = common.collate(base, records, ids)
     with torch.no_grad():
-        logits = base.model(**batch.inputs).logits[:, batch.start - 1 : -1]
+        logits = base.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1]
     assert torch.equal(logits.argmax(-1)[batch.mask], batch.responses[batch.mask])
     assert common.generate(base, common.collate(base, records), 1e-4, 20, seed=1) == ids
     assert common.generate(base, common.collate(base, records), 1.5, 20, seed=1) != ids

@@ -23,8 +23,9 @@ def test_memory_plan(cache, base, records, model_args):
     embeds = torch.randn(*batch.inputs["input_ids"].shape, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         vlm.model.get_decoder()(inputs_embeds=embeds, attention_mask=batch.inputs["attention_mask"], use_cache=False)
-    flags = f"--model {folder} --lora-rank 0 --micro-batch 12 --prompt-tokens {batch.start} --batch-size 4 --generate-batch 9"
-    flags += f" --max-new-tokens {embeds.shape[1] - batch.start}"
+    prompt = embeds.shape[1] - batch.responses.shape[1]
+    flags = f"--model {folder} --lora-rank 0 --micro-batch 12 --prompt-tokens {prompt} --batch-size 4 --generate-batch 9"
+    flags += f" --max-new-tokens {batch.responses.shape[1]}"
     args = bench_memory.parse_args(flags.split())
     plan = bench_memory.memory_plan(args)
     weights = sum(p.numel() * 4 for p in vlm.model.parameters())

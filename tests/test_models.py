@@ -68,7 +68,7 @@ def test_image_tokens_and_padding(model, data):
     assert len(set(counts)) >= kinds and min(counts) >= 1
     with torch.no_grad():
         logprob, entropy, hidden = common.response_statistics(vlm, batch)
-        full = vlm.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        full = vlm.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1].log_softmax(-1)
         assert torch.allclose(logprob[batch.mask], full.gather(-1, batch.responses[..., None]).squeeze(-1)[batch.mask], atol=1e-4)
         for row, (record, tokens) in enumerate(zip(records, ids, strict=True)):
             alone, alone_entropy, _ = common.response_statistics(vlm, common.collate(vlm, [record], [tokens]))
@@ -133,7 +133,9 @@ def test_what_the_processor_gives(model, data):
     for name in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
         assert torch.equal(inputs[name] == 1, inputs["input_ids"] == image)
     batch = common.collate(vlm, [record, record], [[300], [301, 302]])
-    assert not any(batch.inputs[name][:, batch.start :].any() for name in {"token_type_ids", "mm_token_type_ids"} & set(inputs))
+    assert not any(
+        batch.inputs[name][:, -batch.responses.shape[1] :].any() for name in {"token_type_ids", "mm_token_type_ids"} & set(inputs)
+    )
 
 
 def test_special_tokens_in_texts(model, data):
@@ -176,7 +178,7 @@ def test_special_tokens_are_not_sampled(model, data):
     batch = common.add_responses(vlm, prompts, [ids[0], ids[1][:5], ids[2]])
     assert (
         batch.mask.sum(1).tolist()
-        == batch.inputs["attention_mask"][:, batch.start :].sum(1).tolist()
+        == batch.inputs["attention_mask"][:, -batch.responses.shape[1] :].sum(1).tolist()
         == [len(ids[0]), 5, len(ids[2])]
     )
 
@@ -215,7 +217,7 @@ def test_lora_and_4bit_train(model, data, tmp_path, alone):
     texts = ["So, the answer is cat."] * 4
     weights = [p for p in vlm.model.parameters() if p.requires_grad]
     batch = common.collate(vlm, records, common.response_ids(vlm, texts))
-    plain = vlm.model(**batch.inputs).logits[:, batch.start - 1 : -1][batch.mask]
+    plain = vlm.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1][batch.mask]
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(plain, batch.responses[batch.mask]), weights)
     common.generate(vlm, common.collate(vlm, records), 1.0, 2, seed=0)  # a pass without gradient must not end all gradients
     for got, wanted in zip(torch.autograd.grad(common.sft_loss(vlm, batch), weights), expected, strict=True):

@@ -177,7 +177,7 @@ def test_first_epoch_is_on_policy(models, records, args, reader, alone):
     assert torch.allclose(roll.logprob, roll.ref_logprob, atol=1e-5)  # the policy is still the warm-up policy: KL = 0
     batch = common.collate(models.policy, roll.records, [r.ids for r in roll.responses])
     with torch.no_grad():
-        logp = models.policy.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        logp = models.policy.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1].log_softmax(-1)
     assert torch.allclose(roll.logprob[roll.mask], logp.gather(-1, batch.responses[..., None]).squeeze(-1)[batch.mask], atol=1e-4)
     assert torch.allclose(roll.entropy[roll.mask], -(logp.exp() * logp).sum(-1)[batch.mask], atol=1e-4)
     optimizer = ppo.make_optimizers(models, args)["policy"]

@@ -209,10 +209,10 @@ def test_which_tokens_carry_loss(base, records):
     for row, text in enumerate(texts):
         carried = batch.responses[row][batch.mask[row]].tolist()
         assert base.tokenizer.decode(carried) == text + base.tokenizer.eos_token
-        kept = batch.inputs["input_ids"][row, batch.start :][batch.mask[row]].tolist()
+        kept = batch.inputs["input_ids"][row, -batch.responses.shape[1] :][batch.mask[row]].tolist()
         assert kept == carried and base.processor.image_token_id not in carried
     with torch.no_grad():
-        logits = base.model(**batch.inputs).logits[:, batch.start - 1 : -1].log_softmax(-1)
+        logits = base.model(**batch.inputs).logits[:, -batch.responses.shape[1] - 1 : -1].log_softmax(-1)
         picked = logits.gather(-1, batch.responses[..., None]).squeeze(-1)
         expected = -picked[batch.mask].mean()
         assert float(common.sft_loss(base, batch)) == pytest.approx(float(expected), rel=1e-5)
