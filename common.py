@@ -830,8 +830,9 @@ def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = Fa
 
     options = {"dtype": args.dtype, "device_map": {"": device}, "attn_implementation": args.attn}
     if args.load_in_4bit:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": args.dtype}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=args.dtype
+        )
     adapter = Path(path, "adapter_config.json")
     adapted = adapter.exists()
     if adapted and not any(adapter.parent.glob("adapter_model.*")):  # PEFT would ask the hub

@@ -110,8 +110,9 @@ def build_digits_processor():
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>", "<image>"]
     trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     size = {"height": 16, "width": 16}
     images = transformers.CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return transformers.LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
