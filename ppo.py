@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, Step, conf, response_statistics
+from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, Step, conf, response_statistics, step_tokens
 
 FLAGS = {
     "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write"), **TRAINING_FLAGS},
@@ -153,7 +153,7 @@ def rollout(models: Models, reader, questions: list[dict], args, seed: int, firs
         mask[row, : len(response.ids)] = True
         for step in steps[row]:
             begin = step.end if step.said is None else step.said
-            statement[row, common.step_tokens(response.offsets, begin, step.stop)] = True
+            statement[row, step_tokens(response.offsets, begin, step.stop)] = True
     return Rollout(records, responses, steps, mask, statement, logprob, entropy, hidden, ref_logprob)
 
 
@@ -190,7 +190,7 @@ def rewards(roll: Rollout, judged: list, args: Namespace) -> tuple[Tensor, dict[
         if not steps or args.reward == "answer" or args.reward_placement == "end":
             scores[row, len(offsets) - 1] = reward  # at the last token: end-of-sequence where it came, never padding
         else:
-            ends = [[common.step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
+            ends = [[step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
             place_at_sentences(scores[row], weights * terms, ends, len(common.reference_chain(roll.records[row])))
     return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))
 
@@ -224,7 +224,7 @@ def known_before(roll: Rollout, judged: list) -> Tensor:
     known = torch.zeros(*roll.mask.shape, 3)
     for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         for t, step in enumerate(steps):
-            after = common.step_tokens(roll.responses[row].offsets, step.start, step.end)[-1] + 1
+            after = step_tokens(roll.responses[row].offsets, step.start, step.end)[-1] + 1
             known[row, after:] = torch.tensor([correct[t], internal[t], np.mean(correct[: t + 1])])
     return known
 
@@ -335,7 +335,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     # 5. what happened, on the mean of all processes
     stats |= {name: part.mean().item() for name, part in parts.items()}
     levels = np.array([step.level or 0 for steps in roll.steps for step in steps])
-    correct = np.array([ok for oks, _ in judged for ok in oks])
+    correct = np.concatenate([correct for correct, _ in judged])
     stats |= {name: float((levels == level).sum()) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
     stats["auroc"] = common.auroc(levels[levels > 0], correct[levels > 0])  # how well levels tell right sentences from wrong ones
     stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
