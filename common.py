@@ -670,7 +670,7 @@ def load_data(name: str, data_dir=None, split="train", limit=None, require_image
             record |= {"image": str(next(filter(Path.is_file, places), places[0]))} | read_row(row, published)
         records.append(record)
     sound = [record["image"] for record in records if not record["flaw"]]
-    if require_images and sound and not any(Path(image).is_file() for image in sound):
+    if require_images and sound and not any(map(os.path.isfile, sound)):
         usage_error(f"no image of {path} is there (the first would be {sound[0]}): expected {layout}")
     return usable(records, (), allow_bad_records, limit, (root,) * require_images, (world or {}).get("model"))
 
