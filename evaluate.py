@@ -159,10 +159,11 @@ def fmt(value: float | None) -> str:
 def table_row(metrics: dict) -> dict[str, str]:
     """{title: cell} of metrics.json, the figures to read first."""
     counts = [metrics["level_histogram"][str(level)] for level in LEVELS]
+    figures = metrics | {part: metrics[part]["auroc_sentence"] for part in PARTS}
     titles = {"ECE↓": "ece", "MECE↓": "mece", "Brier skill↑": "brier_skill", "AUROC↑": "auroc"}
-    titles["AUROC of sentences↑"] = "auroc_sentence"
-    row = {title: fmt(metrics[name]) for title, name in titles.items()} | {p: fmt(metrics[p]["auroc_sentence"]) for p in PARTS}
-    row |= {title: fmt(metrics[name]) for title, name in (("Acc↑", "accuracy"), ("F1↑", "f1"), ("coverage", "coverage"))}
+    titles |= {"AUROC of sentences↑": "auroc_sentence", "image": "image", "reasoning": "reasoning"}
+    titles |= {"Acc↑": "accuracy", "F1↑": "f1", "coverage": "coverage"}
+    row = {title: fmt(figures[name]) for title, name in titles.items()}
     row["best constant"] = f"{fmt(metrics['mece_constant'])} (level {metrics['mece_constant_level']})"
     return row | {"levels 1-5, %": " ".join(f"{100 * n / max(sum(counts), 1):.0f}" for n in counts)}
 
