@@ -260,8 +260,8 @@ class Run:
             resolved = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "tracker", *free)}
             places = {name: path for name in INPUTS if os.path.exists(path := resolved.get(name) or "")}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
-            named = [(name, of.get(name)) for of in (setup, vars(args)) for name in PLACES]
-            used = {path for name, path in named if path and (name == "cache" or os.path.exists(path))}
+            said = vars(args) | setup
+            used = [path for name in PLACES if (path := said.get(name)) and (name == "cache" or os.path.exists(path))]
             self._take_folder(resolved, places.values(), used)
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
