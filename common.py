@@ -1388,8 +1388,11 @@ def load_statements() -> dict[int, list[str]]:
     path, levels = Path(__file__).with_name("statements.json"), "12345"
     pool = {level: texts if isinstance(texts, list) else [] for level, texts in read_object(path, *levels).items()}
     times = Counter(plain(text) if isinstance(text, str) else "" for level in levels for text in pool[level])
-    wanted = {level: 40 * (level in levels) for level in pool}
-    problems = [f"level {level} has {len(pool[level])} statements, not {n}" for level, n in wanted.items() if len(pool[level]) != n]
+    problems = [
+        f"level {level} has {len(texts)} statements, not {40 * (level in levels)}"
+        for level, texts in pool.items()
+        if len(texts) != 40 * (level in levels)
+    ]
     problems += [f"'{text}' stands there {n} times" for text, n in times.items() if n > 1 or not text]
     usage_error(*[f"{path}: {problem}" for problem in problems])
     return {int(level): pool[level] for level in levels}
