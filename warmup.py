@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     common.usage_error(*common.cannot_train(setup["model"], args))
     with common.loading("--lora-targets", args.lora_targets):
         re.compile(args.lora_targets)
-    setup["layout"] = args.layout
-    run = common.Run("warmup", args, setup)
+    run = common.Run("warmup", args, setup | {"layout": args.layout})
     if run.finished:
         return
     lines = [line for line in lines if line["sentences"]]
