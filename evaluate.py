@@ -185,7 +185,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
     for part, marker, shift in zip(PARTS, "os", (-0.014, 0.014), strict=True):
         confidence, correct = stated(only(predictions, part))
-        outcomes = {c: correct[confidence == c] for c in sorted(set(confidence))}
+        outcomes = {c: correct[confidence == c] for c in np.unique(confidence)}
         x, share = [c + shift for c in outcomes], [right.mean() for right in outcomes.values()]
         bars = [scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson") for right in outcomes.values()]
         error = np.abs(np.reshape(bars, (-1, 2)).T - share)  # below and above
