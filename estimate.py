@@ -123,8 +123,8 @@ def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2, "num_hidden_layers": layers}
-    tokens = {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0}
-    text = transformers.LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **tokens)
+    sizes |= {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0}
+    text = transformers.LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes)
     features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": processor.image_token_id}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
     return transformers.LlavaForConditionalGeneration(config)
