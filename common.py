@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that is not needed
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
 LEVELS = range(1, N_LEVELS + 1)
@@ -825,7 +826,6 @@ def has_plain_head(model: nn.Module, base: nn.Module, head: nn.Module | None) ->
 def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = False) -> VLM:
     """A model by its Hugging Face name or folder, or of a folder of this project (full weights or a PEFT adapter). trainable: with
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that is not needed
     from peft import PeftModel  # slow to import, as what other functions import: a wrong flag answers before
 
     options = {"dtype": args.dtype, "device_map": {"": device}, "attn_implementation": args.attn}
