@@ -1498,7 +1498,7 @@ class StatementReader:
     def parse(self, texts: Sequence[str]) -> list[list[Step]]:
         """[z_1, c_1, z_2, c_2, ...] of each response (eq. 2). A statement is a clause after a comma, or a sentence of its own."""
         split = [[(step, text[step.start : step.stop]) for step in split_steps(text)] for text in texts]
-        self.levels([part for sentences in split for _, raw in sentences for part in (raw, raw.rpartition(", ")[2])])  # in one go
+        self.levels([raw.rpartition(", ")[2] for sentences in split for _, raw in sentences])  # in one go; looked up below
         parsed = []
         for text, sentences in zip(texts, split, strict=True):
             if self.layout != "each":
