@@ -236,7 +236,7 @@ def test_a_planted_reward_is_learned(models, records, args, reader, alone):
     args.samples = 2
     optimizers = ppo.make_optimizers(models, args)
     history = []
-    for step in range(12):
+    for step in range(10):
         history.append(ppo.train_update(models, optimizers, reader, judge_all_right, records, args, step, step == 0, alone))
     shares = [h["level_5"] for h in history]
     assert np.mean(shares[-3:]) > np.mean(shares[:3]) + 0.25, shares
