@@ -5,8 +5,8 @@
 
 The flags below, and all of the script's own. The server is any that speaks OpenAI's protocol (a key: OPENAI_API_KEY); adapters need
 vLLM, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. Its log-probabilities only tell whether it samples from the
-model that is measured: in every batch, and every update of ppo.py, whose log has `mismatch`, the mean |log p (server) - log p
-(ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
+model that is measured: in the first batch, the last responses of every batch, and every update of ppo.py, whose log has `mismatch`,
+the mean |log p (server) - log p (ours)| a token, and `mismatch_clipfrac`, the share of tokens that it alone would clip.
 
 Choices
  1. A batch of the script is asked at once, --concurrency requests at a time: larger batches keep the server busy.
@@ -46,7 +46,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from annotate import RETRIES
-from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
+from openai import APIConnectionError, APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from safetensors.torch import load_file, save_file
 
 import common
@@ -60,6 +60,8 @@ collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  
 class Server:
     """The client of a server that knows a model, by the name that the scripts use, and takes adapters of it."""
 
+    SHOWN = 4  # responses, so that one short one says little
+
     def __init__(self, url: str, path: str, concurrency=32, max_mismatch=0.1, name: str | None = None, patience=900.0):
         """path: the model, or the folder of an adapter of it, which is sent; name: what the server calls the model, if not so;
         patience: seconds to wait for an answer. What fails exits with code 2, in one line."""
@@ -67,16 +69,19 @@ class Server:
         self.limit = max_mismatch  # of what is checked next
         common.usage_error(not re.match("https?://.", url) and f"--server {self.url} is no address such as http://localhost:8000")
         user = re.search("//(.*)@", url)
-        self.patience, self.secrets = patience, [os.environ.get("OPENAI_API_KEY"), *(user[1].split(":") if user else ())]
+        key, self.answered = os.environ.get("OPENAI_API_KEY", "").strip(), False
+        common.usage_error(not (key.isascii() and key.isprintable()) and "OPENAI_API_KEY holds what no header can hold")
+        self.patience, self.secrets = patience, [key, *(user[1].split(":") if user else ())]
         self.pool = ThreadPool(concurrency)  # of daemons, for which a run that stops does not wait
-        address, key = re.sub(r"(/v1)?/*$", "", url) + "/v1", os.environ.get("OPENAI_API_KEY") or "none"
-        with self.trying("is no address"):  # what a header cannot hold, and others
-            self.client = OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=patience)
+        address = re.sub(r"(/v1)?/*$", "", url) + "/v1"
+        with self.trying("is no address"):
+            self.client = OpenAI(base_url=address, api_key=key or "none", max_retries=RETRIES, timeout=patience)
         adapter = Path(path, "adapter_config.json")
         self.base = name or (common.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path))
         self.adapter = None
         with self.trying("does not answer, or not as OpenAI's do"):
             known = [model.id for model in self.client.with_options(max_retries=0, timeout=20).models.list().data]
+        self.answered = True
         same = [model for model in known if model == self.base or os.path.realpath(model) == os.path.realpath(self.base)]
         problem = f"server {self.url} serves {', '.join(known) or 'nothing'} and no {self.base} (--served-model NAME)"
         common.usage_error(*[problem] * (not same))
@@ -92,23 +97,32 @@ class Server:
         except Exception as error:  # the client raises many kinds
             passes = isinstance(error, (APIConnectionError, multiprocessing.TimeoutError))
             passes |= isinstance(error, APIStatusError) and (error.status_code == 429 or error.status_code >= 500)
+            passes |= (
+                isinstance(error, NotFoundError) and trouble == "fails" and bool(self.adapter)
+            )  # gone with a server begun anew
+            passes &= self.answered
             reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or f"no answer in {self.patience:g} s"
             trouble = "wants another key (OPENAI_API_KEY)" if isinstance(error, AuthenticationError) else trouble
             for secret in filter(None, self.secrets):
                 reason = reason.replace(secret, "...")
-            trouble += "; once it is back, the same command goes on from what is saved" * (passes and trouble == "fails")
+            trouble = "fails; once it is back, the same command goes on from what is saved" if passes else trouble
             common.usage_error(f"server {self.url} {trouble} ({type(error).__name__}: {reason[:240]})")
 
     def load_adapter(self, folder: str | Path) -> None:
         """Sample from the adapter in a folder that the server can read."""
-        before, name = self.adapter, f"policy-{os.urandom(6).hex()}"
+        before, self.adapter = self.adapter, f"policy-{os.urandom(6).hex()}"
         if PartialState().is_main_process:
             with self.trying("takes no adapter (vLLM: --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)"):
-                body = {"lora_name": name, "lora_path": os.path.abspath(folder)}
+                body = {"lora_name": self.adapter, "lora_path": os.path.abspath(folder)}
                 load = functools.partial(self.client.post, "/load_lora_adapter", cast_to=str, body=body)
-                self.pool.apply_async(load).get(self.patience)
-        self.unload(before)
-        [self.adapter] = broadcast_object_list([name])
+                try:
+                    self.pool.apply_async(load).get(self.patience)
+                except BadRequestError as error:  # asked again, for an answer that was lost
+                    if "already been loaded" not in str(error):
+                        raise
+                finally:
+                    self.unload(before)
+        [self.adapter] = broadcast_object_list([self.adapter])
 
     def unload(self, adapter: str | None) -> None:
         """Take an adapter away, where the server still has it."""
@@ -171,15 +185,17 @@ class Server:
         return ids
 
     def generate_and_check(self, vlm, prompts: common.Batch, temperature: float, length: int, seed: int) -> list[list[int]]:
-        """As `generate`. The first batch of a model, and the first response of every further one, show whether the server samples
-        from it."""
+        """As `generate`. The first batch of a model, and the last SHOWN responses of every batch, which were asked last, show
+        whether the server samples from it."""
         self.said.clear()
         ids = self.generate(vlm, prompts, temperature, length, seed)
-        shown = 1 if id(vlm) in self.checked else len(ids)
+        start = max(len(ids) - self.SHOWN, 0) if id(vlm) in self.checked else 0
         self.checked.add(id(vlm))
         with torch.no_grad():
-            batch = collate(vlm, prompts.records[:shown], ids[:shown])
-            self.check(common.response_statistics(vlm, batch)[0][batch.mask].cpu() - torch.cat(self.said[:shown]))
+            batch = collate(vlm, prompts.records[start:], ids[start:])
+            apart = common.response_statistics(vlm, batch)[0][batch.mask].cpu() - torch.cat(self.said[start:])
+        self.check(apart)
+        self.check(apart[-sum(map(len, ids[-self.SHOWN :])) :])
         return ids
 
     def check(self, apart: torch.Tensor) -> float:

@@ -38,7 +38,8 @@ def picture(part):
 class SmallServer(ThreadingHTTPServer):
     """models: name -> VLM. trouble: what befalls the next chat requests, a status, "cut", a connection that ends in the middle of
     the answer, or "hang", none at all. ids: whether answers hold them. refuses adapters; serves the model `swapped` in their place.
-    dies_after: so many chat requests, then every connection ends without an answer."""
+    dies_after: so many chat requests, then every connection ends without an answer. cuts: bytes at which answers about adapters
+    end."""
 
     daemon_threads, request_queue_size, handle_error = True, 64, lambda *_: None
 
@@ -46,7 +47,7 @@ class SmallServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.url = threading.Lock(), f"http://127.0.0.1:{self.server_port}"
         self.models, self.trouble, self.requests, self.posted = {}, [], [], []
-        self.ids, self.ready, self.refuses, self.swapped, self.dies_after = True, True, False, None, 10**9
+        self.ids, self.ready, self.refuses, self.swapped, self.dies_after, self.cuts = True, True, False, None, 10**9, []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def respond(self, path, request, key):
@@ -59,12 +60,18 @@ class SmallServer(ThreadingHTTPServer):
             self.posted.append((path.rsplit("/", 1)[1], request))
             if path.endswith("/unload_lora_adapter"):
                 del self.models[request["lora_name"]]
+            elif request["lora_name"] in self.models:
+                return (
+                    400,
+                    {"error": {"message": "The lora adapter has already been loaded."}},
+                    self.cuts.pop() if self.cuts else None,
+                )
             elif not self.refuses:
                 base = common.read_json(f"{request['lora_path']}/adapter_config.json")["base_model_name_or_path"]
                 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), request["lora_path"])
                 vlm = common.make_vlm(model, AutoProcessor.from_pretrained(base))
                 self.models[request["lora_name"]] = self.swapped or vlm
-            return 404 if self.refuses else 200, "Success", None
+            return 404 if self.refuses else 200, "Success", self.cuts.pop() if self.cuts else None
         trouble = self.trouble.pop(0) if self.trouble else None
         if trouble == "hang":
             time.sleep(2)
@@ -179,6 +186,14 @@ def test_no_password_is_shown(url, capsys):
     assert "error: server http://" in line and "7d1f" not in line and "corp" not in line
 
 
+@pytest.mark.parametrize("inside", ["\n", "\t", "€"])
+def test_a_key_that_no_header_holds(server, base, inside, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")  # of a file
+    connect(server, base)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{inside}a")
+    assert "OPENAI_API_KEY holds what no header can hold" in one_line(capsys, lambda *_: connect(server, base))
+
+
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_an_address(server, base, end):
     server.models["m"] = base
@@ -280,10 +295,12 @@ def test_estimate_and_evaluate(server, base, folders, capsys, tmp_path):
     line = refused(capsys, f"{server.url}/v1/", evaluate, *flags, tmp_path / "x")
     assert "samples from another model: mismatch = " in line
     server.swapped, chat = None, server.chat
-    n = len(server.requests)  # another model behind the first batch
-    server.chat = lambda request: chat(request | ({"model": folders.base} if len(server.requests) > n + 2 else {}))
-    assert "samples from another model: mismatch = " in refused(capsys, server, evaluate, *flags, tmp_path / "y")
-    assert len(common.read_jsonl(tmp_path / "y" / "predictions.jsonl")) == 2
+    for begun, kept in ((1, 0), (2, 2), (5, 4)):  # another model within the first batch, behind it, within the last
+        n, out = len(server.requests), tmp_path / f"y{begun}"
+        server.chat = lambda request, n=n + begun: chat(request | ({"model": folders.base} if len(server.requests) > n else {}))
+        line = refused(capsys, server, evaluate, *flags, out, "--limit", "6", "--concurrency", "1")
+        assert "samples from another model: mismatch = " in line
+        assert len(common.read_jsonl(out / "predictions.jsonl")) == kept
     server.chat = chat
     for name in ("collate", "generate"):
         setattr(common, name, original[name])
@@ -304,6 +321,9 @@ def test_what_ends_a_run_before_anything_loads(server, base, folders, capsys, tm
     assert "does not answer, or not as OpenAI's do (InternalServerError" in refused(capsys, server, *flags)
     server.ready = server.refuses = True
     assert "takes no adapter (vLLM: --enable-lora" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
+    server.refuses, server.cuts = False, [0] * 99
+    assert "fails; once it is back, the same command goes on" in refused(capsys, server, ppo, "--ckpt", folders.warmup)
+    server.cuts.clear()
     assert "full weights cannot be sent" in refused(capsys, server, ppo, "--ckpt", folders.base)
     assert "and no org/name (" in refused(capsys, server, evaluate, "--ckpt", "org/name")
     for flag, value in (("--concurrency", "0"), ("--patience", "inf"), ("--max-mismatch", "0")):
@@ -340,7 +360,7 @@ def test_ppo(server, base, folders, tmp_path, capsys):
     def chat(request):  # another model in the second update
         return original(request | ({"model": folders.base} if len(server.requests) > 2 else {}))
 
-    original, server.chat = server.chat, chat
+    original, server.chat, server.cuts = server.chat, chat, [0]  # the answer to the first adapter is lost
     server.requests.clear()
     assert "samples from another model: mismatch = " in refused(capsys, server, ppo, *ppo_flags(folders, tmp_path / "q"))
     assert torch.load(tmp_path / "q" / "trainer_state.pt", weights_only=True)["step"] == 1
