@@ -246,6 +246,17 @@ def test_nothing_is_said_of_log_probabilities(server, base):
         assert torch.tensor(connect(server, base).check(torch.full((3,), torch.nan))).isnan()
 
 
+def test_what_came_late_in_a_batch_is_not_diluted(server, base, records, capsys, monkeypatch):
+    client, prompts = connect(server, base), common.collate(base, records)
+    client.limit = client.max_mismatch = 0.01
+    prompts.records, ids = records, GENERATE(base, prompts, 0.0, 10, 0)
+    with torch.no_grad():
+        said = [*common.response_statistics(base, common.add_responses(base, prompts, ids))[0]]
+    said[-1] = said[-1] + 0.05  # .004 of all twelve, .0125 of the last four
+    monkeypatch.setattr(client, "sample", lambda *_: zip(ids, said, strict=True))
+    assert "mismatch = 0.0125" in one_line(capsys, lambda *_: client.generate_and_check(base, prompts, 0.0, 10, 0))
+
+
 def test_what_is_another_model(server, base, capsys):
     """Far above the first mismatch, where arithmetic is exact; above --max-mismatch, where it is not."""
     exact, noisy = connect(server, base), connect(server, base)
