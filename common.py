@@ -1,21 +1,20 @@
-"""What two or more stages share, in the order of the method.
+"""What two or more stages share, in the order of the method. `# eq. n` marks the line that is equation n of the paper.
 
-    flags           one table a script, from which parser, help and defaults are made
-    run folders     reading, writing, resuming; several processes
-    data            the digits world's questions; published annotations
-    model           loading, adapters, checkpoints
-    batches         prompts and responses side by side; sampling
-    statistics      log-probability and entropy of every response token, in one pass
-    estimators      LNLP, MTE, TokenSAR, CLIPScore, their fusion and the levels      eq. 3-7
-    statements      from text to sentences and confidence statements                eq. 2
-    matching        which sentences are right; the answer of a chain
-
-`# eq. n` marks the line that is equation n of the paper."""
+flags           one table a script, from which parser, help and defaults are made
+run folders     reading, writing, resuming; several processes
+data            the digits world's questions; published annotations
+model           loading, adapters, checkpoints
+batches         prompts and responses side by side; sampling
+statistics      log-probability and entropy of every response token, in one pass
+estimators      LNLP, MTE, TokenSAR, CLIPScore, their fusion and the levels      eq. 3-7
+statements      from text to sentences and confidence statements                eq. 2
+matching        which sentences are right; the answer of a chain"""
 
 from __future__ import annotations
 
 import ast
 import copy
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -44,35 +43,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import huggingface_hub
 import numpy as np
-import scipy
-import torch
-import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from PIL import Image, ImageOps
-from sentencex import get_sentence_boundaries
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that is not needed
 ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
 N_LEVELS = 5
 LEVELS = range(1, N_LEVELS + 1)
 NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
 INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
-PLACES = ("cache", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")  # flags that may name a folder
+PLACES = "cache data_dir model clip matcher similarity statement_encoder".split()  # flags that may name a folder
 StrPath = str | Path
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
 LOCKS: dict[Path, ExitStack] = {}  # of the folders that this process works on
 NEW: set[Path] = set()  # those that it made
-PACKAGES = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "peft", "bitsandbytes", "scikit-learn")
+BESIDE = {"--server": "server", "--table": "rows", "--bars": "bars", "--correct": "correct"}  # flags: who does the work, in tests/
+BESIDE |= dict.fromkeys(("--human-sheet", "--human-scores"), "human")
+PACKAGES = "torch transformers open_clip_torch sentence-transformers peft bitsandbytes scikit-learn".split()
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.
 LORA_TARGETS = r".*(language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+DIGITS = ("digits", "digits-ood")
+HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
+# data set: its folder there; annotation files, those with the published chains first; where images lie; whose they are
+PUBLISHED = {
+    "aokvqa": ("aokvqa", ("{part}_mmb.json", "aokvqa_v1p0_{part}.json"), ("{part}2017/{image:0>12}.jpg",), "COCO 2017"),
+    "scienceqa": ("sciencevqa", ("{part}_mmb.json", "problems.json"), ("{part}/{image}/image.png",), "pid_splits.json, ScienceQA"),
+    "culturalvqa": ("culturalvqa", ("cvqa_mmb.json",), tuple(f"{{image}}.{k}" for k in "jpg png jpeg webp".split()), "CulturalVQA"),
+}
 # What a model is asked (the digits model knows its questions bare); edit it here, every stage uses it.
 QUESTION_PROMPT = (
     "{question}\nFirst say what the image shows that matters, then reason from it to the answer, in short sentences that each "
@@ -95,7 +92,7 @@ SWITCH = Kind(bool)
 # name: kind (or the choices), default (or one for digits and one for other data), help
 RUN_FLAGS = {
     "seed": (NATURAL, 0, "of everything that is drawn at random"),
-    "device": (DEVICE, "cuda" if torch.cuda.is_available() else "cpu", "where the model runs"),
+    "device": (DEVICE, None, "where the model runs (default: a GPU where there is one)"),
     "dtype": (("float32", "bfloat16", "float16"), "float32", "of the weights"),
     "attn": (TEXT, None, "transformers' attention: sdpa, eager, flash_attention_2 (default: its choice)"),
     "load_in_4bit": (SWITCH, False, "NF4 base weights (bitsandbytes)"),
@@ -146,6 +143,8 @@ def parse_flags(doc: str, groups: dict[str, dict], argv=None, check: Callable = 
         path = getattr(args, name, None)
         if path and (name == "cache" or os.path.exists(path)):
             setattr(args, name, os.path.abspath(path))
+    if getattr(args, "device", "") is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
@@ -155,6 +154,44 @@ def fill_defaults(args: Namespace, groups: dict[str, dict], data: str) -> None:
         for name, (_, *defaults, _) in flags.items():
             if len(defaults) == 2 and getattr(args, name) is None:
                 setattr(args, name, defaults[not data.startswith("digits")])
+
+
+def answer_early() -> None:
+    """Answer wrong flags and --help before the imports below, which take seconds: by the script's text, FLAGS to parse_args."""
+    main = sys.modules["__main__"]
+    with suppress(Exception):  # what is no script, and what cannot be told so soon: the device, without torch
+        text = re.search(r"(?ms)^FLAGS = .*^parse_args = .*?$", Path(main.__file__).read_text(encoding="utf-8"))[0]
+        stop_in_one_line(os._exit)
+        exec(text, scope := {"common": sys.modules[__name__]} | globals() | vars(main))
+        any(word.split("=")[0] in BESIDE for word in sys.argv) or scope["parse_args"]()
+
+
+def stop_in_one_line(leave: Callable = sys.exit) -> None:
+    """Let an interruption end the process with one line and the exit code that shells expect."""
+
+    def stop(number, _) -> None:
+        tqdm.write(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
+        leave(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+answer_early()
+
+import huggingface_hub
+import scipy
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageOps
+from sentencex import get_sentence_boundaries
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that is not needed
 
 
 @contextmanager
@@ -222,8 +259,8 @@ def read_finished(folder: StrPath, name: str, key: str) -> list[dict]:
     lacking = [f"line {n}, has no {k}" for n, record in enumerate(records, 1) for k in needed if k not in record]
     usage_error(lacking and f"{folder}/{name}, {lacking[0]}")
     gone = [path for path in (str(r["image"]) for r in records) if not (os.path.isfile(path) and os.path.getsize(path))]
-    usage_error(not records and f"{folder}/{name} holds no question")
-    usage_error(gone and f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}")
+    problem = gone and f"{len(gone)} pictures of {folder}/{name} are gone, as {gone[0]}"
+    usage_error(not records and f"{folder}/{name} holds no question", problem)
     return records
 
 
@@ -262,7 +299,7 @@ class Run:
             places = {name: path for name in INPUTS if os.path.exists(path := resolved.get(name) or "")}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
             said = vars(args) | setup
-            used = [path for name in PLACES if (path := said.get(name)) and (name == "cache" or os.path.exists(path))]
+            used = [path for name in PLACES if os.path.isabs(path := said.get(name) or "")]
             self._take_folder(resolved, places.values(), used)
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
@@ -366,21 +403,14 @@ def contents(file: Path, size: int, changed: int) -> str:
     return hashlib.sha256(np.memmap(file, mode="r") if size else b"").hexdigest()
 
 
-def run_script(main: Callable, **beside: str) -> None:
-    """main() as a script: an interruption or a full disk ends it with one line and the exit code that shells expect. beside: flags
-    that leave the work to the main() of a file in tests/."""
-
-    def stop(number, _) -> None:
-        tqdm.write(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+def run_script(main: Callable, *beside: str) -> None:
+    """main() as a script: a full disk or an interruption ends it with one line. beside: flags of BESIDE that it has."""
+    stop_in_one_line()
     try:
-        for flag, name in beside.items():
-            if f"--{flag.replace('_', '-')}" in [word.split("=")[0] for word in sys.argv]:
+        for word in sys.argv:
+            if (flag := word.split("=")[0]) in beside:
                 sys.path.insert(0, str(Path(__file__).parent / "tests"))
-                main = importlib.import_module(name).main
+                main = importlib.import_module(BESIDE[flag]).main
         main()
     except OSError as error:
         print(f"stopped: {error}; the same command goes on", file=sys.stderr)
@@ -459,6 +489,7 @@ class Training:
             sound = all(p.isfinite().all() for module in self.modules.values() for p in trainable(module))
             usage_error(not sound and f"training went astray by step {len(self.log)}: weights are not finite")
             self.run.write(save_checkpoint, "trainer_state.pt", self.modules, self.optimizers, len(self.log))
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc would keep what was freed
 
 
 def plot_log(path: Path, log: list[dict], panels: dict[str, Sequence[str]]) -> None:
@@ -493,7 +524,6 @@ FAMILIES = {
     "difference": "What is the difference between the two digits?",
     "larger": "Which of the two digits is larger?",
 }
-DIGITS = ("digits", "digits-ood")
 # Standard deviation of a digit's noise: how often it is drawn. At .15 nearly every digit is read, at 2.5 nearly none.
 NOISE = {0.15: 0.72, 0.8: 0.08, 2.5: 0.20}
 
@@ -617,13 +647,6 @@ def find_picture(image: str, roots: Sequence, take: Callable) -> str:
     return path
 
 
-HUB = "Zhitao-He/MMBoundary"  # the dataset repository that the paper's authors name
-# data set: its folder there; annotation files, those with the published chains first; where images lie; whose they are
-PUBLISHED = {
-    "aokvqa": ("aokvqa", ("{part}_mmb.json", "aokvqa_v1p0_{part}.json"), ("{part}2017/{image:0>12}.jpg",), "COCO 2017"),
-    "scienceqa": ("sciencevqa", ("{part}_mmb.json", "problems.json"), ("{part}/{image}/image.png",), "pid_splits.json, ScienceQA"),
-    "culturalvqa": ("culturalvqa", ("cvqa_mmb.json",), tuple(f"{{image}}.{k}" for k in "jpg png jpeg webp".split()), "CulturalVQA"),
-}
 SPLITS = {"train": "train", "validation": "train", "test": "val", "all": "train"}  # our names -> those of the files
 ORIGINAL = {"train": "train", "validation": "val", "test": "test", "all": "train"}  # in the original ScienceQA
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError, OverflowError, OSError)
@@ -855,20 +878,21 @@ def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = Fa
             parameter.requires_grad_("vision" not in name and "visual" not in name)
     vlm = make_vlm(model, processor)
     enable_train_mode(vlm, args.gradient_checkpointing, bool(new_adapter and args.lora_dropout))
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{count:,} trainable parameters, {sum(p.numel() for p in model.parameters()) - count:,} frozen")
+    count = model.num_parameters(only_trainable=True)
+    print(f"{count:,} trainable parameters, {model.num_parameters() - count:,} frozen")
     return vlm
 
 
-def cannot_train(path: StrPath, args: Namespace) -> list[str]:
-    """What keeps the model at `path` from being trained: processes that cannot share a batch; all weights in 4 bits, which have no
-    gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    problems = [f"--batch-size {args.batch_size} cannot be divided among {n} processes"] * (args.batch_size % n > 0)
-    if getattr(args, "lora_rank", 0) or Path(path, "adapter_config.json").exists():
-        return problems
-    flags = {"--load-in-4bit": args.load_in_4bit, f"--dtype {args.dtype}": args.dtype != "float32"}
-    return problems + [f"{flag} trains an adapter only: it needs warmup.py --lora-rank" for flag, given in flags.items() if given]
+def cannot_train(path: StrPath, args: Namespace) -> list:
+    """What (none: something false) keeps the model at `path` from being trained: processes that cannot share a batch; all weights
+    in 4 bits, which have no gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
+    n, alone = int(os.environ.get("WORLD_SIZE", 1)), "trains an adapter only: it needs warmup.py --lora-rank"
+    full = not (getattr(args, "lora_rank", 0) or Path(path, "adapter_config.json").exists())
+    return [
+        args.batch_size % n and f"--batch-size {args.batch_size} cannot be divided among {n} processes",
+        full and args.load_in_4bit and f"--load-in-4bit {alone}",
+        full and args.dtype != "float32" and f"--dtype {args.dtype} {alone}",
+    ]
 
 
 def add_lora(model: nn.Module, args: Namespace) -> nn.Module:
@@ -1317,8 +1341,8 @@ def measure(vlm: VLM, records: list[dict], sample: Callable, clip, similarity, m
             sentence["n_tokens"] = len(step_tokens(response.offsets, step.start, step.end))
             sentence |= zip(ESTIMATORS, values.tolist(), strict=True)
             sentences.append(sentence | {"correct": bool(matches.any()) if matches.size else None})
-        line = {"response": response.text, "sentences": sentences, "finished": response.ids[-1] in vlm.end_tokens}
-        lines.append(record | line)
+        finished = response.ids[-1] in vlm.end_tokens
+        lines.append(record | {"response": response.text, "sentences": sentences, "finished": finished})
     return lines
 
 
@@ -1388,11 +1412,8 @@ def load_statements() -> dict[int, list[str]]:
     path, levels = Path(__file__).with_name("statements.json"), "12345"
     pool = {level: texts if isinstance(texts, list) else [] for level, texts in read_object(path, *levels).items()}
     times = Counter(plain(text) if isinstance(text, str) else "" for level in levels for text in pool[level])
-    problems = [
-        f"level {level} has {len(texts)} statements, not {40 * (level in levels)}"
-        for level, texts in pool.items()
-        if len(texts) != 40 * (level in levels)
-    ]
+    counts = {level: (len(texts), 40 * (level in levels)) for level, texts in pool.items()}
+    problems = [f"level {level} has {n} statements, not {due}" for level, (n, due) in counts.items() if n != due]
     problems += [f"'{text}' stands there {n} times" for text, n in times.items() if n > 1 or not text]
     usage_error(*[f"{path}: {problem}" for problem in problems])
     return {int(level): pool[level] for level in levels}

@@ -22,6 +22,9 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import common
+from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,10 +34,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
-from common import COUNT, ESTIMATORS, FAMILIES, NOT_NEGATIVE, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences
-
-LEVELS_BY = ("sigma", "uniform", "calibrated", "consistency", "random")
 FLAGS = {
     "data": {
         "data": (("digits", *PUBLISHED), ["digits"], "data sets, one or more; their training splits are answered"),
@@ -59,7 +58,7 @@ FLAGS = {
         "weights": (NOT_NEGATIVE._replace(nargs=4), [0.25] * 4, "of LNLP, MTE, TokenSAR, CLIP (eq. 7)"),
         "fuse": (("mean", "max"), "mean", "weighted mean (eq. 7) or largest"),
         "normalize": (("minmax", "rank"), "minmax", "each U by minimum and maximum (eq. 7), or by rank, which no outlier squeezes"),
-        "levels": (LEVELS_BY, "sigma", "mu and sigma, fifths, by the share of right sentences, by self-consistency, or at random"),
+        "levels": ("sigma uniform calibrated consistency random".split(), "sigma", "by mu and sigma, fifths, truth, votes, chance"),
         "samples": (COUNT, 10, "responses that --levels consistency samples a question"),
         "relevel": (TEXT, None, "take the measured responses of this estimate folder, with other weights, fusion or levels"),
         "snowball": (SWITCH, False, "a sentence is at least as uncertain as those before it"),
@@ -70,11 +69,8 @@ FLAGS = {
 
 def find_problems(args: Namespace) -> list:
     given, unknown = args.responses, args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
-    measured = [
-        name
-        for name in ("limit", "data_dir", "model", "clip", "matcher", "similarity", "statement_encoder")
-        if getattr(args, name) is not None
-    ]
+    measured = "limit data_dir model clip matcher similarity statement_encoder".split()
+    measured = [name for name in measured if getattr(args, name) is not None]
     return [
         unknown and f"--clip {args.clip} is neither a folder nor NAME/TAG",
         args.relevel and measured and f"--relevel takes what is measured already, whatever --{measured[0].replace('_', '-')} says",
@@ -118,12 +114,12 @@ def build_digits_processor():
     return transformers.LlavaProcessor(images, fast, 8, "full", CHAT_TEMPLATE, num_additional_image_tokens=1)
 
 
-def build_digits_model(processor, hidden_size: int = 128, layers: int = 4, vocab_size: int | None = None):
+def build_digits_model(processor, hidden_size: int = 128, layers: int = 4):
     """A LlavaForConditionalGeneration, randomly initialised; about one million parameters as it stands."""
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, hidden_act="gelu", **tower)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2, "num_hidden_layers": layers}
-    sizes |= {"vocab_size": vocab_size or len(processor.tokenizer), "pad_token_id": 0}
+    sizes |= {"vocab_size": len(processor.tokenizer), "pad_token_id": 0}
     text = transformers.LlamaConfig(num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **sizes)
     features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": processor.image_token_id}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **features)
@@ -330,11 +326,10 @@ def plot_confidence(path: Path, lines: list[dict], confidence: dict) -> None:
 
     sentences = all_sentences(lines)
     kinds = {"right": True, "wrong": False, "right or wrong, not known": None}
-    values = {name: [sentence["u"] for sentence in sentences if sentence["correct"] is kind] for name, kind in kinds.items()}
-    values, colors = {name: of for name, of in values.items() if of}, {"right": "#4477aa", "wrong": "#ee6677"}
+    values = {name: u for name, kind in kinds.items() if (u := [s["u"] for s in sentences if s["correct"] is kind])}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    axis.hist([*values.values()], bins=50, stacked=True, color=[colors.get(name, "0.6") for name in values], label=[*values])
+    axis.hist([*values.values()], bins=50, stacked=True, label=[*values])
     for edge in confidence["edges"]:
         axis.axvline(edge, color="black", linestyle="--", linewidth=1)
     axis.set(xlabel="$U_{Final}$; dashed: cuts between levels 5, 4, 3, 2, 1", ylabel="sentences", yscale="log", xlim=(0, 1))
@@ -351,7 +346,7 @@ def read_questions(args: Namespace) -> tuple[dict, list[dict]]:
     args.data, limit = "+".join(args.data), args.limit
     common.fill_defaults(args, FLAGS, args.data)
     world = digits_paths(args.cache, args.seed, args.noise_scale)
-    handed_on = ("matcher", "similarity", "statement_encoder", "data", "data_dir", "cache", "noise_scale")
+    handed_on = "matcher similarity statement_encoder data data_dir cache noise_scale".split()
     setup = {name: getattr(args, name) for name in handed_on} | {"world_seed": args.seed}
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if not args.responses:
@@ -413,4 +408,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, server="server")
+    common.run_script(main, "--server")

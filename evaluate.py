@@ -24,12 +24,12 @@ import math
 import re
 from pathlib import Path
 
+import common
+from common import COUNT, DIGITS, LEVELS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences, auroc, bare, conf
+
 import jinja2
 import numpy as np
 import scipy
-
-import common
-from common import COUNT, DIGITS, LEVELS, NATURAL, POSITIVE, PUBLISHED, RUN_FLAGS, SWITCH, TEXT, all_sentences, auroc, bare, conf
 
 PARTS = ("image", "reasoning")
 FILLERS = set("a an and as at by for from in is it of on or so that the this to with image picture".split())  # answer nothing
@@ -65,11 +65,10 @@ def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def only(predictions: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
-    kept = []
-    for p in predictions:
-        sentences = [sentence for sentence in p["sentences"] if sentence["part"] == part]
-        kept.append(p | {"sentences": sentences, "covered": {part: p["covered"].get(part, [])}})
-    return kept
+    return [
+        p | {"sentences": [s for s in p["sentences"] if s["part"] == part], "covered": {part: p["covered"].get(part, [])}}
+        for p in predictions
+    ]
 
 
 def ece(confidence, correct, n_bins: int = 10) -> float:
@@ -182,7 +181,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
+    left.plot([0, 1], [0, 1], "--", color="0.6", label="calibrated")
     for part, marker, shift in zip(PARTS, "os", (-0.014, 0.014), strict=True):
         confidence, correct = stated(only(predictions, part))
         outcomes = {c: correct[confidence == c] for c in np.unique(confidence)}
@@ -192,16 +191,14 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
         left.errorbar(x, share, error, fmt=marker, label=f"{part} (n = {len(correct)})")
     left.set(ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
     confidence, correct = stated(predictions)
-    x = [conf(level) for level in LEVELS]
-    n_right, n_wrong = ([((confidence == value) & (correct == ok)).sum() for value in x] for ok in (1, 0))
-    right.bar(x, n_right, 0.17, color="#009E73", label="right")
-    bars = right.bar(x, n_wrong, 0.17, bottom=n_right, color="#E8B4A0", hatch="///", edgecolor="#A04020", label="wrong")
-    right.bar_label(bars, labels=np.add(n_right, n_wrong))
-    n_none = sum(sentence["level"] is None for sentence in all_sentences(predictions))
+    kinds, edges = [confidence[correct == ok] for ok in (1, 0)], np.arange(-0.125, 1.2, 0.25)
+    n, _, bars = right.hist(kinds, edges, stacked=True, rwidth=0.7, color=["#009E73", "#E8B4A0"], label=["right", "wrong"])
+    right.bar_label(bars[1], map(int, n[1]))  # right and wrong ones together
+    n_none = len(all_sentences(predictions)) - len(correct)
     right.set(ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
     for axis in (left, right):
         axis.set(xlim=(-0.14, 1.14), xlabel="expressed level / confidence")
-        axis.set_xticks(x, [f"{level}\n{conf(level):g}" for level in LEVELS])
+        axis.set_xticks([*map(conf, LEVELS)], [f"{level}\n{conf(level):g}" for level in LEVELS])
         axis.legend(frameon=False)
     figure.suptitle(f"{len(correct)} sentences     MECE {fmt(mece(predictions))}     AUROC {fmt(auroc(confidence, correct))}")
     common.save_figure(path, figure)
@@ -298,11 +295,11 @@ def predict(vlm: common.VLM, reader, matcher, records: list[dict], max_new_token
         for step, level in zip(itertools.chain(*parsed), levels, strict=True):
             step.level = level
     for record, text, steps, chain, matched, n_tokens in zip(records, texts, parsed, chains, matches, spent.tolist(), strict=True):
-        n_image, sentences = len(record["reference"]["image"]), []
-        for i, step in enumerate(steps):
-            sentence = {"text": step.text, "statement": step.statement, "level": step.level}
-            sentences.append(sentence | {"correct": bool(matched[i].any()), "part": common.part_of(record, i)})
-        hits = matched.any(0).tolist()
+        sentences = [
+            {"text": step.text, "statement": step.statement, "level": step.level, "correct": hit, "part": common.part_of(record, i)}
+            for i, (step, hit) in enumerate(zip(steps, matched.any(1).tolist(), strict=True))
+        ]
+        n_image, hits = len(record["reference"]["image"]), matched.any(0).tolist()
         covered = {"image": hits[:n_image], "reasoning": hits[n_image:]}
         answer = common.extract_answer(chain, record["choices"])
         right = is_right(answer, record, len(steps) > 0 and bool(matched[-1, -1]))
@@ -353,6 +350,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(
-        main, server="server", table="rows", bars="bars", correct="correct", human_sheet="human", human_scores="human"
-    )
+    common.run_script(main, *common.BESIDE)

@@ -39,15 +39,15 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
+from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, Step, conf, response_statistics, step_tokens
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-
-import common
-from common import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, TEXT, TRAINING_FLAGS, Step, conf, response_statistics, step_tokens
 
 FLAGS = {
     "run": {"ckpt": (TEXT, "warmup", "folder that warmup.py wrote"), "out": (TEXT, "ppo", "folder to write"), **TRAINING_FLAGS},
@@ -321,7 +321,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     rewarded = time.time()
 
     # 4. improve the policy, then fit the value head
-    stats = dict.fromkeys(("policy_loss", "clipfrac", "approx_kl", "entropy", "grad_norm"), np.nan)
+    stats = dict.fromkeys("policy_loss clipfrac approx_kl entropy grad_norm".split(), np.nan)
     if not value_only:
         apart = [advantages[tokens] for tokens in (roll.mask & ~roll.statement, roll.statement)]
         sentences, statements = (max(1e-8, np.std(gather_object(part.tolist()) or [0])) for part in apart)
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     setup = common.read_run(ckpt, "sft.jsonl", "confidence.json")["setup"]
     common.fill_defaults(args, FLAGS, setup["data"])
     questions = common.read_finished(ckpt, "sft.jsonl", "choices")
-    confidence = common.read_object(ckpt / "confidence.json", "weights", "fuse", "min", "max", "edges")
+    confidence = common.read_object(ckpt / "confidence.json", *"weights fuse min max edges".split())
     blind = (args.alpha or args.beta) and not all(map(common.reference_chain, questions))
     problem = "R_KA and R_EC need the reference chains that given responses lack: --alpha 0 --beta 0"
     common.usage_error(*common.cannot_train(ckpt, args), blind and problem)
@@ -413,4 +413,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, server="server")
+    common.run_script(main, "--server")

@@ -23,11 +23,11 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import common
 from common import COUNT, LEVELS, LORA_TARGETS, N_LEVELS, POSITIVE, SHARE, SWITCH, TEXT, TRAINING_FLAGS, VLM, Kind
+
+import numpy as np
+import torch
 
 FLAGS = {
     "run": {"estimate": (TEXT, "estimate", "what estimate.py wrote"), "out": (TEXT, "warmup", "folder to write"), **TRAINING_FLAGS},
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     vlm = common.load_model(setup["model"], args, run.device, trainable=True)
     run.write(lambda path: shutil.copy(Path(args.estimate, path.name), path), "confidence.json")
-    kept = ("id", "image", "question", "answer", "choices", "reference")
+    kept = "id image question answer choices reference".split()
     questions = [{name: line[name] for name in kept} | {"text": text_of(0, i)} for i, line in enumerate(lines)]
     run.write(common.write_jsonl, "sft.jsonl", questions)
     optimizer = torch.optim.AdamW(common.trainable(vlm.model), lr=args.lr, weight_decay=0.0)

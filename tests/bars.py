@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-
 import common
 import evaluate
 from common import RUN_FLAGS, SWITCH, TEXT
+
+import numpy as np
 
 FLAGS = {
     "run": {"ckpt": evaluate.FLAGS["run"]["ckpt"], "out": (TEXT, "bars", "folder to write")} | RUN_FLAGS,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import estimate
+
 import numpy as np
 import torch
 from benchmark import machine, report
-
-import common
-import estimate
 
 
 def token_statistics(args) -> None:
@@ -59,7 +59,8 @@ def generation(args) -> None:
     """Sampling alone, and with the statistics of one more pass over what was sampled."""
     processor = estimate.build_digits_processor()
     torch.manual_seed(0)
-    model = estimate.build_digits_model(processor, hidden_size=args.width, layers=args.layers, vocab_size=args.generation_vocab)
+    model = estimate.build_digits_model(processor, hidden_size=args.width, layers=args.layers)
+    model.resize_token_embeddings(args.generation_vocab)
     vlm = common.make_vlm(model, processor)
     vlm.end_tokens = [args.generation_vocab - 1]  # hardly ever sampled: all responses have the full length
     pixels = [common.draw_digits(np.random.default_rng(i), "base")[0] for i in range(args.batch)]

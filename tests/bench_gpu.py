@@ -17,6 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import estimate
+import ppo
+import warmup
+
 import bench_memory
 import builders
 import numpy as np
@@ -24,11 +29,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextImageProcessor, Qwen2VLImageProcessor
-
-import common
-import estimate
-import ppo
-import warmup
 
 FLAGS = {"device": (common.TEXT, "cuda", "where the models run"), "quick": (common.SWITCH, False, "one model, small batches")}
 FLAGS |= {"tiny": (common.SWITCH, False, "tiny models"), "family": (common.TEXT, None, "one of both: llava-next-vicuna, qwen2-vl")}

@@ -15,17 +15,17 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import estimate
+import ppo
+import warmup
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from benchmark import machine, peak_memory
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
-
-import common
-import estimate
-import ppo
-import warmup
 
 LORA = {name: flag for name, flag in warmup.FLAGS["training"].items() if name.startswith("lora_")}
 FLAGS = ppo.FLAGS | {
@@ -128,7 +128,8 @@ def memory_plan(args: argparse.Namespace) -> dict[str, float]:
 def measure(hidden_size: int, layers: int, vocab_size: int, micro_batch: int, tokens: int) -> None:
     """An update of full fine-tuning on random responses: planned and measured GB, without what holds the program itself."""
     processor = estimate.build_digits_processor()
-    model = estimate.build_digits_model(processor, hidden_size, layers, vocab_size)
+    model = estimate.build_digits_model(processor, hidden_size, layers)
+    model.resize_token_embeddings(vocab_size)
     model.config.text_config.max_position_embeddings = 4096
     vlm = common.make_vlm(model, processor)
     pixels = [common.draw_digits(np.random.default_rng(i), "base")[0] for i in range(micro_batch)]

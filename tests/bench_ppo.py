@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import ppo
+
 import torch
 from accelerate import Accelerator
 from bench_estimators import texts_of
 from benchmark import machine, report
-
-import common
-import ppo
 
 
 def tokensar(updates: int, update, runs: int) -> None:

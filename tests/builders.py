@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import common
+import estimate
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -33,9 +36,6 @@ from transformers import (
     SmolVLMVideoProcessor,
 )  # fmt: skip
 from transformers.models.smolvlm import processing_smolvlm
-
-import common
-import estimate
 
 VICUNA = estimate.CHAT_TEMPLATE
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-
 import common
 import evaluate
 import ppo
+
+import numpy as np
 
 SAID = [common.Step("", 0, 0, 0, level=level) for level in evaluate.LEVELS]
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-import torch
-from torch import Tensor
-
 import common
 import evaluate
 from common import COUNT, DIGITS, POSITIVE, PUBLISHED, RUN_FLAGS, SHARE, TEXT
+
+import numpy as np
+import torch
+from torch import Tensor
 
 FLAGS = {
     "run": {

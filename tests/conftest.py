@@ -7,13 +7,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes stand in one another's way
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import builders
-import pytest
-from accelerate import Accelerator
-
 import common
 import estimate
 import ppo
+
+import builders
+import pytest
+from accelerate import Accelerator
 
 
 def pytest_configure(config):

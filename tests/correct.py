@@ -30,15 +30,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import evaluate
+from common import COUNT, RUN_FLAGS, TEXT, Batch, Kind, conf
+
 import numpy as np
 import summary
 import torch
 from matplotlib.figure import Figure
 from transformers import StoppingCriteriaList
-
-import common
-import evaluate
-from common import COUNT, RUN_FLAGS, TEXT, Batch, Kind, conf
 
 WEIGHTS = {"majority": lambda c: 1.0, "last": lambda c: c[-1], "minimum": min, "product": math.prod}  # of a chain's confidences
 LEVEL = Kind(int, lambda n: 1 <= n <= 5, "must lie between 1 and 5")

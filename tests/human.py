@@ -24,14 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import evaluate
+
 import jinja2
 import numpy as np
 import summary
 from matplotlib.figure import Figure
 from sklearn.metrics import cohen_kappa_score
-
-import common
-import evaluate
 
 CRITERIA = {
     "Faithful": "Is the stated confidence what the response deserves: sure where it is right, in doubt where it may be wrong?",

@@ -20,16 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import conf_csr
-import summary
-import tables
-import torch
-
 import common
 import estimate
 import evaluate
 import ppo
 import warmup
+
+import conf_csr
+import summary
+import tables
+import torch
 
 SCRIPTS = {"estimate": estimate.main, "warmup": warmup.main, "ppo": ppo.main, "evaluate": evaluate.main, "conf_csr": conf_csr.main}
 RUNS = {"estimate": "estimate", "warmup": "warmup --estimate {estimate}", "ppo": "ppo --ckpt {warmup}"}

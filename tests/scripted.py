@@ -4,13 +4,13 @@ import re
 from collections import defaultdict
 from types import SimpleNamespace
 
+import common
+import estimate
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-
-import common
-import estimate
 
 
 def processor():

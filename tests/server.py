@@ -42,17 +42,17 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
+import estimate
+import evaluate
+import ppo
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from annotate import RETRIES
 from openai import APIConnectionError, APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from safetensors.torch import load_file, save_file
-
-import common
-import estimate
-import evaluate
-import ppo
 
 collate, rollout, train_update = common.collate, ppo.rollout, ppo.train_update  # as they are without a server
 

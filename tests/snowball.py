@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-
 import common
 import evaluate
+
+import numpy as np
 
 SAID = {
     level: [texts[i * 40 // 3] for i in range(3)] for level, texts in common.load_statements().items()

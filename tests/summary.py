@@ -12,11 +12,11 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 import common
 import evaluate
+
+import numpy as np
+from scipy import stats
 
 OURS, TRAIN = "MMBoundary", "train"  # the row that all are compared with; the data of Table 3
 NAMES = ("ece", "mece", "accuracy", "f1", "brier_skill", "auroc", "auroc_sentence", "tokens")  # as in metrics.json

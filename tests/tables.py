@@ -10,13 +10,13 @@ import csv
 import math
 from pathlib import Path
 
+import common
+import evaluate
+
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 from summary import OURS, TRAIN, holm, interval, mean_and_half, paired, values_of
-
-import common
-import evaluate
 
 BASE = "DPS"
 TITLES = {"ece": "ECE↓", "mece": "MECE↓", "accuracy": "Acc↑", "f1": "F1↑"}  # of Table 1

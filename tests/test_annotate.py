@@ -9,11 +9,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import common
+
 import annotate
 import numpy as np
 import pytest
-
-import common
 
 pytest.importorskip("openai")
 

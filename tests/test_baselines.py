@@ -2,6 +2,12 @@
 
 from pathlib import Path
 
+import common
+import estimate
+import evaluate
+import ppo
+import warmup
+
 import conf_csr
 import numpy as np
 import pytest
@@ -9,12 +15,6 @@ import rows
 import scripted
 import tables
 import torch
-
-import common
-import estimate
-import evaluate
-import ppo
-import warmup
 
 SENTENCES = ["The left digit is 3.", "The right digit is 8.", "3 plus 8 is 11.", "So, the answer is 11."]
 

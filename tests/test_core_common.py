@@ -2,14 +2,14 @@
 
 import math
 
+import common
+import estimate
+
 import numpy as np
 import pytest
 import scripted
 import torch
 from torch.nn.utils.rnn import pad_sequence
-
-import common
-import estimate
 
 
 @pytest.fixture(scope="module")

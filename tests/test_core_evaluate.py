@@ -1,13 +1,13 @@
 """What the evaluation makes of responses that are known word for word."""
 
+import common
+import estimate
+import evaluate
+
 import bars
 import pytest
 import scripted
 import torch
-
-import common
-import estimate
-import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,10 @@ import copy
 import functools
 import math
 
+import common
+import estimate
+import ppo
+
 import ceiling
 import numpy as np
 import pytest
@@ -15,10 +19,6 @@ import scripted
 import torch
 from accelerate import Accelerator
 from torch import nn
-
-import common
-import estimate
-import ppo
 
 ONE, TWO = "The left digit is 3, with confidence 1 of 5.", "The left digit is 3, with confidence 2 of 5."
 LENGTH, STATED = 12, 7  # tokens of either, and those of its statement: ", with confidence 1 of 5."

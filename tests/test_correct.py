@@ -2,13 +2,13 @@
 
 import random
 
+import common
+import estimate
+
 import correct
 import pytest
 import scripted
 import torch
-
-import common
-import estimate
 
 SURE, FAIR, UNSURE = ", and I trust this is correct.", ", it might not be right.", ". I'm unsure about this."  # levels 4, 2, 1
 START, END = "The left digit is 3" + SURE, f" 3 plus 6 is 9{SURE} So, the answer is 9{SURE}</s>"

@@ -9,13 +9,13 @@ import time
 import weakref
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 import common
 import evaluate
 import warmup
+
+import numpy as np
+import pytest
+from PIL import Image
 
 CHAIN = {"Image_level": ["  A dog lies on\na sofa "], "Reasoning_level": ["Dogs like sofas!", "So, the answer is sleeping"]}
 

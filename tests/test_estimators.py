@@ -7,13 +7,13 @@ import math
 import os
 from pathlib import Path
 
+import common
+import estimate
+
 import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
-
-import common
-import estimate
 
 
 def loop_statistics(logits, targets):

@@ -3,12 +3,12 @@
 import html
 import re
 
+import common
+
 import human
 import numpy as np
 import pytest
 from PIL import Image
-
-import common
 
 HOSTILE = "</p></script><script>alert(1)</script><img src=//x onerror=alert(2)> {{ 7 * 7 }} \"'&amp;"
 BY_HAND = {("ours", 1): ("8,6,10", "6,6,10"), ("ours", 2): ("10,8,10", "8,8,10")}  # (system, question): what two raters gave

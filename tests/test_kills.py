@@ -11,13 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-
 import common
 import estimate
 import evaluate
 import ppo
 import warmup
+
+import pytest
 
 pytestmark = pytest.mark.skipif(not os.environ.get("OPERATIONS"), reason="OPERATIONS is not set")
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile")

@@ -1,11 +1,11 @@
 """The memory plan against what a model of the same size really holds."""
 
+import common
+import estimate
+
 import bench_memory
 import pytest
 import torch
-
-import common
-import estimate
 
 
 def test_memory_plan(cache, base, records, model_args):

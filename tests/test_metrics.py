@@ -6,12 +6,12 @@ from fractions import Fraction
 from html.parser import HTMLParser
 from itertools import permutations
 
+import evaluate as ev
+
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import brier_score_loss, roc_auc_score
-
-import evaluate as ev
 
 
 def sentence(level, correct, part="image", text="The left digit is 3."):

@@ -5,17 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-import torch
-from builders import BUILDERS, build_mllama, llava_next_config, qwen2_vl_config
-from PIL import Image
-from transformers import AutoModelForImageTextToText
-
 import common
 import estimate
 import evaluate
 import ppo
 import warmup
+
+import pytest
+import torch
+from builders import BUILDERS, build_mllama, llava_next_config, qwen2_vl_config
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 SIZES = [(60, 20), (20, 60), (5, 5), (100, 100), (30, 31), (200, 90)]
 FULL = {
@@ -262,10 +262,10 @@ def test_all_weights_are_trained_in_float32():
     """Nothing else is offered: NaN in float16, and steps too small for bfloat16."""
     batch = ["--batch-size", "4"]
     for dtype in ("bfloat16", "float16"):
-        [problem] = common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0", "--dtype", dtype]))
+        [problem] = filter(None, common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0", "--dtype", dtype])))
         assert f"--dtype {dtype} trains an adapter only" in problem
-        assert not common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "4", "--dtype", dtype]))
-    assert not common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0"]))
+        assert not any(common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "4", "--dtype", dtype])))
+    assert not any(common.cannot_train("model", warmup.parse_args([*batch, "--lora-rank", "0"])))
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -2,14 +2,14 @@
 
 import copy
 
-import numpy as np
-import pytest
-import torch
-
 import common
 import estimate
 import ppo
 import warmup
+
+import numpy as np
+import pytest
+import torch
 
 
 @pytest.fixture(scope="module")

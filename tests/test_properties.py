@@ -7,11 +7,11 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import common
 import warmup
+
+import numpy as np
+import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402

@@ -15,18 +15,18 @@ import threading
 import time
 from pathlib import Path
 
+import common
+import estimate
+import evaluate
+import ppo
+import warmup
+
 import bars
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from scripted import code_and_line
-
-import common
-import estimate
-import evaluate
-import ppo
-import warmup
 
 ROOT = Path(__file__).parents[1]
 PPO = "--updates 2 --batch-size 3 --samples 2 --save-every 1 --max-new-tokens 45".split()
@@ -368,6 +368,53 @@ def test_a_usage_error_from_the_shell():
     result = subprocess.run([sys.executable, "warmup.py", "--estimate", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "warmup.py: error: no such folder: nowhere/\n"
+
+
+@pytest.fixture
+def no_torch(tmp_path):
+    """Run a script where importing torch, or what common.py imports before it, runs some code instead; -> its result."""
+
+    def run(command: str, code: str) -> subprocess.CompletedProcess:
+        for name in ("huggingface_hub", "scipy", "torch"):
+            (tmp_path / f"{name}.py").write_text(code)
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        script, *flags = command.split()
+        return subprocess.run(
+            [sys.executable, ROOT / script, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("estimate.py --nope", "unrecognized arguments: --nope"),
+        ("estimate.py --weights 0 0 0 0", "--weights must not be all 0"),
+        ("warmup.py --lr nan", "--lr must be positive"),
+        ("ppo.py --updates 0", "--updates must be 1 to"),
+        ("evaluate.py --split train", "--split: invalid choice"),
+    ],
+)
+def test_wrong_flags_are_answered_before_the_slow_imports(no_torch, command, message):
+    result = no_torch(command, "raise AssertionError('imported')")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["estimate.py", "warmup.py", "ppo.py", "evaluate.py"])
+def test_help_comes_before_the_slow_imports(no_torch, script):
+    result = no_torch(f"{script} --help", "raise AssertionError('imported')")
+    assert (result.returncode, result.stderr) == (0, "") and f"python {script}" in result.stdout
+    assert "imported" in no_torch(f"{script} --seed 1", "raise AssertionError('imported')").stderr  # where nothing is wrong
+
+
+def test_an_interruption_during_the_imports(no_torch):
+    """Also in a finaliser, where Python ignores exceptions."""
+    finaliser = "class Last:\n    __del__ = lambda self: os.kill(os.getpid(), signal.SIGINT)\nLast()\nprint('went on')"
+    result = no_torch("estimate.py", f"import os, signal\n{finaliser}")
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "stopped by signal 2; the same command goes on\n"
 
 
 @pytest.mark.parametrize(

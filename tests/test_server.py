@@ -13,6 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
+import estimate
+import evaluate
+import ppo
+import warmup
+
 import pytest
 import server as engine
 import torch
@@ -20,12 +26,6 @@ from peft import PeftModel
 from PIL import Image
 from scripted import code_and_line
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import common
-import estimate
-import evaluate
-import ppo
-import warmup
 
 GENERATE = common.generate  # on this side of the server
 KEY = "sk-test-41b7d0c9e8a2f365"

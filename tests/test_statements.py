@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import common
 import evaluate
 import warmup
+
+import numpy as np
+import pytest
 
 PRINTED = {  # some of Table 4, at least two a level
     1: ["but I can't confirm this.", "This answer is unclear to me.", "I'm unsure about this."],

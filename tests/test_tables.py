@@ -2,14 +2,14 @@
 
 import csv
 
+import common
+import evaluate
+
 import numpy as np
 import pytest
 import rows
 import summary
 import tables
-
-import common
-import evaluate
 
 
 def prediction(i: int, levels: list[int | None], right: list[bool], answer: bool) -> dict:
