@@ -1,5 +1,4 @@
 """What two or more stages share, in the order of the method. `# eq. n` marks the line that is equation n of the paper.
-
 flags           one table a script, from which parser, help and defaults are made
 run folders     reading, writing, resuming; several processes
 data            the digits world's questions; published annotations
@@ -46,11 +45,12 @@ from unittest.mock import patch
 import numpy as np
 from tqdm import tqdm
 
-ESTIMATORS = ("lnlp", "mte", "tokensar", "clip")  # the order of the weights in eq. 7
+STATEMENTS = Path(__file__).with_name("statements.json")
+ESTIMATORS = "lnlp mte tokensar clip".split()  # the order of the weights in eq. 7
 N_LEVELS = 5
 LEVELS = range(1, N_LEVELS + 1)
 NEAREST = {"edges": [0.125, 0.375, 0.625, 0.875]}  # for `to_level`: the level whose `conf` is nearest to 1 - u
-INPUTS = ("estimate", "ckpt", "responses", "relevel")  # flags that name what a run reads
+INPUTS = "estimate ckpt responses relevel model clip matcher similarity statement_encoder statements".split()  # of a run
 PLACES = "cache data_dir model clip matcher similarity statement_encoder".split()  # flags that may name a folder
 StrPath = str | Path
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
@@ -86,15 +86,14 @@ POSITIVE = Kind(float, lambda x: 0 < x <= 1e9, "must be positive, at most 1e9")
 NOT_NEGATIVE = Kind(float, lambda x: 0 <= x <= 1e9, "must be 0 to 1e9")
 SHARE = Kind(float, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 TEXT = Kind(str, lambda text: text and not HALF.search(text), "must be text")
-DEVICE = Kind(str, lambda name: name.split(":")[0] in ("cpu", "cuda", "mps", "xpu"), "must be cpu, cuda, cuda:1, mps or xpu")
+DEVICE = Kind(str, re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?").fullmatch, "must be cpu, cuda, cuda:1, mps or xpu")
 SWITCH = Kind(bool)
 
 # name: kind (or the choices), default (or one for digits and one for other data), help
 RUN_FLAGS = {
     "seed": (NATURAL, 0, "of everything that is drawn at random"),
     "device": (DEVICE, None, "where the model runs (default: a GPU where there is one)"),
-    "dtype": (("float32", "bfloat16", "float16"), "float32", "of the weights"),
-    "attn": (TEXT, None, "transformers' attention: sdpa, eager, flash_attention_2 (default: its choice)"),
+    "dtype": ("float32 bfloat16 float16".split(), "float32", "of the weights"),
     "load_in_4bit": (SWITCH, False, "NF4 base weights (bitsandbytes)"),
     "overwrite": (SWITCH, False, "start over in a folder that holds another run"),
 }
@@ -170,7 +169,8 @@ def stop_in_one_line(leave: Callable = sys.exit) -> None:
     """Let an interruption end the process with one line and the exit code that shells expect."""
 
     def stop(number, _) -> None:
-        tqdm.write(f"stopped by signal {number}; the same command goes on", file=sys.stderr)
+        but = " without --overwrite" * ("--overwrite" in sys.argv)
+        tqdm.write(f"stopped by signal {number}; the same command{but} goes on", file=sys.stderr)
         leave(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -187,6 +187,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from sentencex import get_sentence_boundaries
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -197,6 +198,12 @@ logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that
 @contextmanager
 def loading(what: str, name) -> Iterator[None]:
     """What cannot be used (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
+    hub = huggingface_hub.constants
+    if not (what[0] == "-" or hub.HF_HUB_OFFLINE or os.path.exists(name or "")):
+        try:
+            huggingface_hub.utils.get_session().head(hub.ENDPOINT, timeout=4)
+        except Exception:  # else each file is asked for again and again
+            hub.HF_HUB_OFFLINE = True
     try:
         yield
     except Exception as error:  # each library raises its own kinds
@@ -296,11 +303,12 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         if self.is_main:
             resolved = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "tracker", *free)}
+            resolved["statements"] = str(STATEMENTS)
             places = {name: path for name in INPUTS if os.path.exists(path := resolved.get(name) or "")}
             resolved |= {name: fingerprint(path) for name, path in places.items()}  # whatever they are called, wherever they lie
             said = vars(args) | setup
             used = [path for name in PLACES if os.path.isabs(path := said.get(name) or "")]
-            self._take_folder(resolved, places.values(), used)
+            self._take_folder(setup | resolved, places.values(), used)
             self.record = {"stage": stage, "args": resolved, "read": places, "setup": setup}
         self.accelerator.wait_for_everyone()
         self.finished = self.begun = (self.out / "done").exists() and not args.overwrite
@@ -318,7 +326,7 @@ class Run:
             read = Path(path).resolve()
             if out == read or out in read.parents or (path in inputs and read in out.parents):
                 usage_error(f"--out {self.out} is, holds or lies in what is read, {read}; choose another")
-        held = [path for path in self.out.iterdir() if ".tmp" not in path.name] if self.out.is_dir() else []
+        held = [path for path in self.out.iterdir() if path.name != "run.tmp.json"] if self.out.is_dir() else []
         own = self.out / "run.json"
         foreign = held and not (own.is_file() and b'"stage"' in own.read_bytes())
         usage_error(foreign and f"{self.out}/ is not empty and holds no run of this project; choose another --out")
@@ -332,7 +340,8 @@ class Run:
             usage_error(f"--out {self.out} cannot be written: {error}")
         NEW.update(new)
         if held and not self.overwrite:
-            record = read_object(own, "args")["args"]
+            record = read_object(own, "args", "setup")
+            record = record["setup"] | record["args"]
             other = [name for name in record | resolved if record.get(name) != resolved.get(name)]
             names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
             usage_error(names and f"{self.out}/ holds a run with other settings ({names}); choose another --out or add --overwrite")
@@ -359,7 +368,10 @@ class Run:
         """writer(path of `name` in the folder, *values), in the main process."""
         self.begin()
         if self.is_main:
-            writer(self.out / name, *values)
+            try:
+                writer(self.out / name, *values)
+            except (RuntimeError, SafetensorError) as error:  # where the disk is full
+                raise OSError(f"{self.out / name}: {str(error).splitlines()[0]}") from error
 
     def finish(self) -> None:
         """The finish mark, after everything else: what came out, in short."""
@@ -392,7 +404,7 @@ def fingerprint(path: StrPath) -> str:
     """Of a file, or of the results in a folder, of what shapes the runs that read it: JSON and weights."""
     path, digest = Path(path), hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        result = file.suffix in (".json", ".jsonl", ".safetensors", ".bin", ".jinja") and file.name not in ("log.jsonl", "run.json")
+        result = file.suffix in ".json .jsonl .safetensors .bin .jinja".split() and file.name not in ("log.jsonl", "run.json")
         if file == path or (result and file.is_file()):
             digest.update(f"{file.name * (file != path)} {contents(file, file.stat().st_size, file.stat().st_mtime_ns)} ".encode())
     return digest.hexdigest()
@@ -406,6 +418,7 @@ def contents(file: Path, size: int, changed: int) -> str:
 def run_script(main: Callable, *beside: str) -> None:
     """main() as a script: a full disk or an interruption ends it with one line. beside: flags of BESIDE that it has."""
     stop_in_one_line()
+    sys.stdout.reconfigure(errors="replace")
     try:
         for word in sys.argv:
             if (flag := word.split("=")[0]) in beside:
@@ -430,11 +443,12 @@ def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str, answer: Callable) -> list[dict]:
     """`answer(batch of records, its start)` -> its lines, for all records: appended to the file `name`, so that the same command
-    goes on after the last whole batch. Processes take batches in turn. The share of right answers or sentences is shown."""
+    goes on after the last whole batch. Processes take batches in turn. The share of right sentences is shown."""
     run.begin()
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
-    if [line.get("id") for line in lines] != [record["id"] for record in records[: len(lines)]]:
+    asked = [[[line.get(key) for key in "id question answer reference".split()] for line in of] for of in (lines, records)]
+    if asked[0] != asked[1][: len(lines)]:
         usage_error(f"{run.out / name} has answers to other questions: the data has changed; add --overwrite")
     run.write(write_jsonl, name, lines)
     with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not run.is_main) as bar:
@@ -443,11 +457,10 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
             new = gather_object([line for start in mine for line in answer(records[start : start + batch_size], start)])
             run.write(append_jsonl, name, new)
             lines += new
-            for line in new:
-                tally.update([line["answer_correct"]] if "answer_correct" in line else [s["correct"] for s in line["sentences"]])
+            tally.update(sentence["correct"] for sentence in all_sentences(new))
             bar.update(len(new))
             bar.set_postfix(right=f"{tally[True] / max(tally[True] + tally[False], 1):.3f}")
-    whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["sentences"][0]["text"]) >= 200]
+    whole = [str(line["id"]) for line in lines if len(line["sentences"]) == 1 and len(line["response"]) >= 200]
     if whole and run.is_main:  # in a language whose stops are not known, perhaps
         print(f"{len(whole)} responses of 200 characters or more are one sentence, one confidence: {', '.join(whole[:3])}, ...")
     return lines
@@ -516,7 +529,6 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 # -------------------------------------------------------------------------------------------------------------------- data
 # The digits world: two scans of real handwriting (UCI, scikit-learn's load_digits) side by side, each under its own noise.
-
 WORLD = "world3"  # the folder of what is cached; another name whenever the world changes, so that nothing old is taken for new
 POOLS = {"base": 700, "train": 500, "validation": 250, "test": 347}  # scans, disjoint; a question only uses its split's pool
 FAMILIES = {
@@ -851,7 +863,7 @@ def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = Fa
     args.lora_rank > 0 a model without an adapter gets a new one, and only the adapter is trained."""
     from peft import PeftModel  # slow to import, as what other functions import: a wrong flag answers before
 
-    options = {"dtype": args.dtype, "device_map": {"": device}, "attn_implementation": args.attn}
+    options = {"dtype": args.dtype, "device_map": {"": device}}
     if args.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=args.dtype
@@ -863,7 +875,8 @@ def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = Fa
     with loading("model", path):
         base = read_json(adapter)["base_model_name_or_path"] if adapted else path
         processor = transformers.AutoProcessor.from_pretrained(path)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(base, **options)
+        model, told = transformers.AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True, **options)
+        usage_error(told["missing_keys"] and f"model {base} lacks weights, as {sorted(told['missing_keys'])[0]}")
         if adapted:
             model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     for module in model.modules():  # else bitsandbytes packs weights in passes without gradient: other numbers, then no gradient
@@ -886,13 +899,11 @@ def load_model(path: StrPath, args: Namespace, device: str, trainable: bool = Fa
 def cannot_train(path: StrPath, args: Namespace) -> list:
     """What (none: something false) keeps the model at `path` from being trained: processes that cannot share a batch; all weights
     in 4 bits, which have no gradient, or in 16, to which a small step adds nothing (an adapter is float32)."""
-    n, alone = int(os.environ.get("WORLD_SIZE", 1)), "trains an adapter only: it needs warmup.py --lora-rank"
+    n = int(os.environ.get("WORLD_SIZE", 1))
     full = not (getattr(args, "lora_rank", 0) or Path(path, "adapter_config.json").exists())
-    return [
-        args.batch_size % n and f"--batch-size {args.batch_size} cannot be divided among {n} processes",
-        full and args.load_in_4bit and f"--load-in-4bit {alone}",
-        full and args.dtype != "float32" and f"--dtype {args.dtype} {alone}",
-    ]
+    bits = args.load_in_4bit and "--load-in-4bit" or args.dtype != "float32" and f"--dtype {args.dtype}"
+    alone = full and bits and f"{bits} trains an adapter only: it needs warmup.py --lora-rank"
+    return [args.batch_size % n and f"--batch-size {args.batch_size} cannot be divided among {n} processes", alone]
 
 
 def add_lora(model: nn.Module, args: Namespace) -> nn.Module:
@@ -946,15 +957,10 @@ def load_checkpoint(path: Path, modules: dict, optimizers: dict) -> int:
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name], strict=False)
     for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(interned(state["optimizers"][name]))
+        saved = state["optimizers"][name]  # names as Python itself shares them: what is saved again has the same bytes
+        saved["state"] = {i: {sys.intern(key): x for key, x in of.items()} for i, of in saved["state"].items()}
+        optimizer.load_state_dict(saved)
     return state["step"]
-
-
-def interned(value):
-    """The same with the names that Python itself would share: what is saved again has the same bytes."""
-    if isinstance(value, dict):
-        return {sys.intern(key) if isinstance(key, str) else key: interned(item) for key, item in value.items()}
-    return [*map(interned, value)] if isinstance(value, list) else value
 
 
 def set_learning_rate(optimizer, peak: float, step: int, steps: int, warmup: float) -> None:
@@ -1409,13 +1415,13 @@ def step_tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> lis
 @functools.cache
 def load_statements() -> dict[int, list[str]]:
     """The pool: 40 statements for each level 1..5, all different; exits with code 2 where it is not."""
-    path, levels = Path(__file__).with_name("statements.json"), "12345"
-    pool = {level: texts if isinstance(texts, list) else [] for level, texts in read_object(path, *levels).items()}
+    levels = "12345"
+    pool = {level: texts if isinstance(texts, list) else [] for level, texts in read_object(STATEMENTS, *levels).items()}
     times = Counter(plain(text) if isinstance(text, str) else "" for level in levels for text in pool[level])
     counts = {level: (len(texts), 40 * (level in levels)) for level, texts in pool.items()}
     problems = [f"level {level} has {n} statements, not {due}" for level, (n, due) in counts.items() if n != due]
     problems += [f"'{text}' stands there {n} times" for text, n in times.items() if n > 1 or not text]
-    usage_error(*[f"{path}: {problem}" for problem in problems])
+    usage_error(*[f"{STATEMENTS}: {problem}" for problem in problems])
     return {int(level): pool[level] for level in levels}
 
 

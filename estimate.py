@@ -69,8 +69,7 @@ FLAGS = {
 
 def find_problems(args: Namespace) -> list:
     given, unknown = args.responses, args.clip and "/" not in args.clip and not Path(args.clip).is_dir()
-    measured = "limit data_dir model clip matcher similarity statement_encoder".split()
-    measured = [name for name in measured if getattr(args, name) is not None]
+    measured = [n for n in "limit data_dir model clip matcher similarity statement_encoder".split() if getattr(args, n) is not None]
     return [
         unknown and f"--clip {args.clip} is neither a folder nor NAME/TAG",
         args.relevel and measured and f"--relevel takes what is measured already, whatever --{measured[0].replace('_', '-')} says",
@@ -85,7 +84,6 @@ parse_args = functools.partial(common.parse_flags, __doc__, FLAGS, check=find_pr
 
 # ------------------------------------------------------------------------------------------------------- the digits world
 # A vision-language model and a CLIP model that never leave the machine, trained on the base pool of scans at first use.
-
 CHAT_TEMPLATE = """{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>
 {% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 # What the base model is taught of its own steps. Share of chains that go on from a false digit: what was said is followed, whatever
@@ -351,7 +349,7 @@ def read_questions(args: Namespace) -> tuple[dict, list[dict]]:
     setup |= {"model": args.model or world["model"], "clip": args.clip or world["clip"]}
     if not args.responses:
         return setup, common.load_data(args.data, args.data_dir, "train", args.limit, True, args.allow_bad_records, setup)
-    given, needed = common.read_jsonl(args.responses, own=False), ("image", "question", "response")
+    given, needed = common.read_jsonl(args.responses, own=False), "image question response".split()
     roots = (Path(args.responses).parent, args.data_dir or args.cache)
     blank = {"answer": None, "choices": None, "reference": {"image": [], "reasoning": []}}  # they need no reference
     for record in given:

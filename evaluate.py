@@ -194,8 +194,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
     kinds, edges = [confidence[correct == ok] for ok in (1, 0)], np.arange(-0.125, 1.2, 0.25)
     n, _, bars = right.hist(kinds, edges, stacked=True, rwidth=0.7, color=["#009E73", "#E8B4A0"], label=["right", "wrong"])
     right.bar_label(bars[1], map(int, n[1]))  # right and wrong ones together
-    n_none = len(all_sentences(predictions)) - len(correct)
-    right.set(ylabel="sentences", title=f"Levels said ({n_none} sentences without a statement)")
+    right.set(ylabel="sentences", title=f"Levels said ({len(all_sentences(predictions)) - len(correct)} without a statement)")
     for axis in (left, right):
         axis.set(xlim=(-0.14, 1.14), xlabel="expressed level / confidence")
         axis.set_xticks([*map(conf, LEVELS)], [f"{level}\n{conf(level):g}" for level in LEVELS])
@@ -314,11 +313,11 @@ def read_setup(args: argparse.Namespace) -> dict:
     made = any((ckpt / name).exists() for name in ("run.json", "confidence.json"))
     hub = not ckpt.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", args.ckpt)  # the name of an untrained model there
     common.usage_error(not hub and not ckpt.is_dir() and f"no such folder: {ckpt}")
-    unknown = not made and not hub and not (ckpt / "config.json").exists()
+    unknown = not hub and not any((ckpt / name).exists() for name in ("config.json", "adapter_config.json"))
     common.usage_error(unknown and f"{ckpt} holds neither a model nor a run of warmup.py or ppo.py")
     base = {"data": "digits", "cache": "cache", "noise_scale": 1.0, "world_seed": args.seed}
-    setup = common.read_run(ckpt)["setup"] if made else dict.fromkeys(("data_dir", "matcher", "statement_encoder")) | base
-    given = ("data", "data_dir", "noise_scale", "cache")
+    setup = common.read_run(ckpt)["setup"] if made else dict.fromkeys("data_dir matcher statement_encoder".split()) | base
+    given = "data data_dir noise_scale cache".split()
     setup |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     return setup | {"matcher": setup["matcher"] or ("exact" if setup["data"].startswith("digits") else common.CROSS_ENCODER)}
 

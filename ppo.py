@@ -192,7 +192,7 @@ def rewards(roll: Rollout, judged: list, args: Namespace) -> tuple[Tensor, dict[
         else:
             ends = [[step_tokens(offsets, 0, end)[-1] for end in (step.end, step.stop)] for step in steps]
             place_at_sentences(scores[row], weights * terms, ends, len(common.reference_chain(roll.records[row])))
-    return scores, dict(zip(("r_ka", "r_ec", "r_cs"), parts.T, strict=True))
+    return scores, dict(zip("r_ka r_ec r_cs".split(), parts.T, strict=True))
 
 
 def sentence_rewards(steps: list[Step], correct: np.ndarray, internal: np.ndarray) -> Tensor:
@@ -336,7 +336,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     stats |= {name: part.mean().item() for name, part in parts.items()}
     levels = np.array([step.level or 0 for steps in roll.steps for step in steps])
     correct = np.concatenate([correct for correct, _ in judged])
-    stats |= {name: float((levels == level).sum()) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
+    stats |= {name: (levels == level).sum() / max(len(levels), 1) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
     stats["auroc"] = common.auroc(levels[levels > 0], correct[levels > 0])  # how well levels tell right sentences from wrong ones
     stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
     stats["kl"] = ((-logratio).exp() - 1 + logratio).sum(1).mean().item()
@@ -346,9 +346,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     stats["response_length"] = roll.mask.sum(1).float().mean().item()
     stats |= {"seconds_rollout": sampled - began, "seconds_reward": rewarded - sampled, "seconds_update": time.time() - rewarded}
     means = torch.tensor(gather_object([list(stats.values())])).nanmean(0)
-    logged = dict(zip(stats, means.tolist(), strict=True))
-    n_sentences = max(sum(logged[name] for name in SAID), 1e-8)
-    return logged | {name: logged[name] / n_sentences for name in SAID}
+    return dict(zip(stats, means.tolist(), strict=True))
 
 
 def load_models(ckpt: Path, args: Namespace, device: str) -> Models:
@@ -402,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
         common.set_learning_rate(optimizers["policy"], args.lr, step, args.updates, args.warmup_ratio)
         seed, value_only = args.seed * 1_000_000 + step, step < args.value_updates
         stats = train_update(models, optimizers, reader, judge, picked, args, seed, value_only, run.accelerator)
-        training.record({"update": step} | stats, "reward", "r_ka", "r_ec", "r_cs", "auroc", "kl")
+        training.record({"update": step} | stats, *"reward r_ka r_ec r_cs auroc kl".split())
     panels = {"reward": ("reward", "r_ka", "r_ec", "r_cs"), "policy": ("kl", "entropy", "explained_variance"), "levels": SAID}
     run.write(common.plot_log, "training.png", training.log, panels)
     if models.reference is None:

@@ -32,7 +32,7 @@ import torch
 FLAGS = {
     "run": {"estimate": (TEXT, "estimate", "what estimate.py wrote"), "out": (TEXT, "warmup", "folder to write"), **TRAINING_FLAGS},
     "data": {
-        "layout": (("each", "after", "once"), "each", "a statement after each sentence, all behind the chain, or one in all"),
+        "layout": ("each after once".split(), "each", "a statement after each sentence, all behind the chain, or one in all"),
         "no_statements": (SWITCH, False, "write the numeric level instead of a statement"),
         "statements_per_level": (Kind(int, range(1, 41).__contains__, "must be 1 to 40"), 3, 40, "of the pool's 40, evenly spaced"),
         "oracle": (SWITCH, False, "no method, a reference line: level 5 where a sentence is right and 1 where it is wrong"),
@@ -57,7 +57,6 @@ parse_args = functools.partial(common.parse_flags, __doc__, FLAGS)
 def insert(sentences: list[str], levels: list[int], rng: np.random.Generator, pool: dict[int, list[str]], layout="each") -> str:
     """The chain with a random statement of its level after each sentence; `StatementReader.parse` is the way back. Layout `after`:
     all statements behind the last sentence, in order; `once`: one for all, of the level of the last sentence, the answer.
-
     "The left digit is 3." and "and I trust this is correct." become "The left digit is 3, and I trust this is correct."; a
     statement that starts with a capital follows as a sentence of its own."""
     said = [pool[level][rng.integers(len(pool[level]))] for level in (levels[-1:] if layout == "once" else levels)]

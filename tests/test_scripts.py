@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import common
@@ -22,10 +23,13 @@ import ppo
 import warmup
 
 import bars
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from scripted import code_and_line
 
 ROOT = Path(__file__).parents[1]
@@ -412,9 +416,10 @@ def test_help_comes_before_the_slow_imports(no_torch, script):
 def test_an_interruption_during_the_imports(no_torch):
     """Also in a finaliser, where Python ignores exceptions."""
     finaliser = "class Last:\n    __del__ = lambda self: os.kill(os.getpid(), signal.SIGINT)\nLast()\nprint('went on')"
-    result = no_torch("estimate.py", f"import os, signal\n{finaliser}")
-    assert (result.returncode, result.stdout) == (130, "")
-    assert result.stderr == "stopped by signal 2; the same command goes on\n"
+    for command, said in {"estimate.py": "", "estimate.py --overwrite": " without --overwrite"}.items():
+        result = no_torch(command, f"import os, signal\n{finaliser}")
+        assert (result.returncode, result.stdout) == (130, "")
+        assert result.stderr == f"stopped by signal 2; the same command{said} goes on\n"
 
 
 @pytest.mark.parametrize(
@@ -795,14 +800,98 @@ def test_an_edited_pool(tmp_path, monkeypatch, capsys, change, message):
     pool = common.read_json(ROOT / "statements.json")
     change(pool)
     common.write_json(tmp_path / "statements.json", pool)
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(common, "STATEMENTS", tmp_path / "statements.json")
     assert message in code_and_line(capsys, lambda _: common.load_statements.__wrapped__())
+
+
+def test_what_was_read_has_changed(runs, tmp_path, monkeypatch, capsys):
+    """The setup of the stage before, the pool of statements: a finished run is not shown as the new one."""
+    for name in ("estimate", "warmup"):
+        shutil.copytree(runs[name], tmp_path / name)
+    flags = ["--estimate", tmp_path / "estimate", "--epochs", "3", "--batch-size", "8", "--out", tmp_path / "warmup"]
+    warmup.main([str(flag) for flag in flags])
+    assert "already holds this run" in capsys.readouterr().out
+    record = common.read_json(tmp_path / "estimate" / "run.json")
+    changed = record | {"setup": record["setup"] | {"statement_encoder": "another"}}
+    common.write_json(tmp_path / "estimate" / "run.json", changed)
+    assert "--statement-encoder)" in code_and_line(capsys, warmup.main, *flags)
+    common.write_json(tmp_path / "estimate" / "run.json", record)
+    pool = common.read_json(ROOT / "statements.json")
+    pool["3"][0] = "though I have my doubts about this one."
+    common.write_json(tmp_path / "statements.json", pool)
+    monkeypatch.setattr(common, "STATEMENTS", tmp_path / "statements.json")
+    assert "other settings (the contents of --statements)" in code_and_line(capsys, warmup.main, *flags)
+
+
+def test_another_model_in_the_same_folder(cache, tmp_path, capsys):
+    model, clip = (estimate.digits_paths(cache, 0, 1.0)[name] for name in ("model", "clip"))
+    shutil.copytree(model, tmp_path / "m")
+    flags = ["--limit", "4", "--cache", cache, "--clip", clip, "--model", tmp_path / "m", "--out", tmp_path / "e"]
+    estimate.main([str(flag) for flag in flags])
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    last = sorted(name for name in weights if "layers" in name and "weight" in name)[-1]
+    save_file(weights | {last: weights[last] * 2}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert "other settings (the contents of --model)" in code_and_line(capsys, estimate.main, *flags)
+    save_file({name: w for name, w in weights.items() if name != last}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    line = code_and_line(capsys, evaluate.main, "--ckpt", tmp_path / "m", "--cache", cache, "--limit", 4, "--out", tmp_path / "r")
+    assert "lacks weights" in line
+
+
+def test_other_answers_are_not_mixed_in(runs, cache, tmp_path, capsys):
+    """The same questions with another gold answer, in a run that goes on."""
+    shutil.copytree(runs["estimate"], tmp_path / "e")
+    (tmp_path / "e" / "done").unlink()
+    lines = common.read_jsonl(tmp_path / "e" / "responses.jsonl")
+    common.write_jsonl(tmp_path / "e" / "responses.jsonl", [lines[0] | {"answer": "77"}, *lines[1:]])
+    flags = ["--limit", 24, "--batch-size", 10, "--cache", cache, "--out", tmp_path / "e"]
+    assert "answers to other questions" in code_and_line(capsys, estimate.main, *flags)
+
+
+def test_files_that_only_look_like_ours(tmp_path, runs, capsys):
+    (tmp_path / "thesis.tmp.tex").touch()
+    flags = ["--estimate", runs["estimate"], "--out", tmp_path, "--overwrite"]
+    assert "holds no run of this project" in code_and_line(capsys, warmup.main, *flags)
+    assert "holds neither a model" in code_and_line(capsys, evaluate.main, "--ckpt", runs["estimate"], "--out", tmp_path / "r")
+    assert "--device must be" in code_and_line(capsys, evaluate.main, "--device", "cuda:first")
+
+
+def test_a_full_disk_by_any_name(runs, tmp_path):
+    """torch and safetensors raise errors of their own."""
+    args = warmup.parse_args(["--estimate", str(runs["estimate"]), "--out", str(tmp_path / "w")])
+    run = common.Run("warmup", args, {"data": "digits"})
+
+    def fail(path, error) -> None:
+        raise error
+
+    for error in (RuntimeError("unexpected pos 64 vs 0\nframe #0"), SafetensorError("No space left")):
+        with pytest.raises(OSError, match=rf"x\.pt: {str(error).splitlines()[0]}$"):
+            run.write(fail, "x.pt", error)
+
+
+def test_where_the_hub_is_away(tmp_path, monkeypatch):
+    asked, away = [], lambda *place, **_: asked.append(place) or 1 / 0
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: Namespace(head=away))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in (str(tmp_path), "[", None):
+        with common.loading("model" if name != "[" else "--lora-targets", name):
+            assert not huggingface_hub.constants.HF_HUB_OFFLINE or name is None
+    for _ in range(2):
+        with common.loading("model", "some/where"):
+            assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert len(asked) == 1
+
+
+def test_a_terminal_without_arrows():
+    code = "import common; common.run_script(lambda: print('ECE\u2193'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "ECE?\n")
 
 
 def test_what_a_refused_command_leaves(runs, tmp_path, capsys):
     """Neither a folder nor a lock; a picture that is gone is noticed before a model loads, a damaged one of the cache made anew."""
     flags = ["--ckpt", runs["warmup"], "--out", tmp_path / "p", *PPO]
-    assert "cannot be used" in code_and_line(capsys, ppo.main, *flags, "--attn", "nonsense")
+    assert "cannot be used" in code_and_line(capsys, ppo.main, *flags, "--device", "xpu")
     assert not (tmp_path / "p").exists()
     for seed in ("-1", "4294967296", "1.5"):
         assert "--seed" in code_and_line(capsys, ppo.main, *flags, "--seed", seed)
