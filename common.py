@@ -199,7 +199,7 @@ logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that
 def loading(what: str, name) -> Iterator[None]:
     """What cannot be used (a wrong name, no connection, a half-downloaded folder) ends the run with one line."""
     hub = huggingface_hub.constants
-    if not (what[0] == "-" or hub.HF_HUB_OFFLINE or os.path.exists(name or "")):
+    if not (what[0] == "-" or hub.HF_HUB_OFFLINE or os.path.exists(name or ".")):
         try:
             huggingface_hub.utils.get_session().head(hub.ENDPOINT, timeout=4)
         except Exception:  # else each file is asked for again and again
@@ -447,8 +447,8 @@ def answer_in_batches(run: Run, records: list[dict], batch_size: int, name: str,
     run.begin()
     lines, tally, processes = read_jsonl(run.out / name), Counter(), run.accelerator
     lines = lines[: len(lines) // batch_size * batch_size]
-    asked = [[[line.get(key) for key in "id question answer reference".split()] for line in of] for of in (lines, records)]
-    if asked[0] != asked[1][: len(lines)]:
+    told, asked = ([[line.get(key) for key in "id question answer reference".split()] for line in of] for of in (lines, records))
+    if told != asked[: len(lines)]:
         usage_error(f"{run.out / name} has answers to other questions: the data has changed; add --overwrite")
     run.write(write_jsonl, name, lines)
     with tqdm(total=len(records), initial=len(lines), desc=run.stage, disable=not run.is_main) as bar:
