@@ -262,7 +262,7 @@ def read_finished(folder: StrPath, name: str, key: str) -> list[dict]:
     """The questions, each with this key, of a file that an earlier stage has finished; exits with code 2 where one lacks something
     or its picture is gone."""
     records = read_jsonl(Path(folder, name), own=False)
-    needed = ("id", "image", "question", "reference", key)
+    needed = f"id image question reference {key}".split()
     lacking = [f"line {n}, has no {k}" for n, record in enumerate(records, 1) for k in needed if k not in record]
     usage_error(lacking and f"{folder}/{name}, {lacking[0]}")
     gone = [path for path in (str(r["image"]) for r in records) if not (os.path.isfile(path) and os.path.getsize(path))]
@@ -345,8 +345,8 @@ class Run:
             other = [name for name in record | resolved if record.get(name) != resolved.get(name)]
             names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
             usage_error(names and f"{self.out}/ holds a run with other settings ({names}); choose another --out or add --overwrite")
-            if (self.out / "done").exists():
-                read_run(self.out)  # it is not damaged
+            [*map(read_jsonl, self.out.glob("*.jsonl"))]  # no line is broken
+            (self.out / "done").exists() and read_run(self.out)  # nor what is finished
 
     def begin(self) -> None:
         """Before the first file, once arguments and models are good: what --overwrite replaces goes, its record last."""
@@ -1517,8 +1517,8 @@ class StatementReader:
 
     def __init__(self, encoder: str | None = None, device: str = "cpu", layout: str = "each"):
         """layout: as warmup.py --layout wrote them, a statement after each sentence, or behind the last one (`after`, `once`)."""
-        self.encoder, self.layout = sentence_encoder(encoder, device), layout
         self.pool = {plain(text): level for level, texts in load_statements().items() for text in texts}
+        self.encoder, self.layout = sentence_encoder(encoder, device), layout
         self.known = self.pool | {plain(text): level for level, [text] in NUMERIC_STATEMENTS.items()}
         self.seen = {}  # wording: its level or None; PPO meets the same wordings again and again
 

@@ -189,7 +189,7 @@ def plot_reliability(predictions: list[dict], path: Path) -> None:
         bars = [scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson") for right in outcomes.values()]
         error = np.abs(np.reshape(bars, (-1, 2)).T - share)  # below and above
         left.errorbar(x, share, error, fmt=marker, label=f"{part} (n = {len(correct)})")
-    left.set(ylim=(-0.04, 1.04), ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
+    left.set(ylabel="observed accuracy, 95% interval", title="Reliability of sentences")
     confidence, correct = stated(predictions)
     kinds, edges = [confidence[correct == ok] for ok in (1, 0)], np.arange(-0.125, 1.2, 0.25)
     n, _, bars = right.hist(kinds, edges, stacked=True, rwidth=0.7, color=["#009E73", "#E8B4A0"], label=["right", "wrong"])
@@ -331,8 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     world = setup | {"model": args.ckpt}
     records = common.load_data(setup["data"], setup["data_dir"], args.split, args.limit, True, args.allow_bad_records, world)
-    matcher = common.Matcher(setup["matcher"], run.device)
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
+    matcher = common.Matcher(setup["matcher"], run.device)
     vlm = common.load_model(args.ckpt, args, run.device)
 
     def answer(batch: list[dict], start: int) -> list[dict]:

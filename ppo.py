@@ -384,9 +384,9 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run("ppo", args, setup)
     if run.finished:
         return
+    reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     matcher, similarity = common.Matcher(setup["matcher"], run.device), common.Similarity(setup["similarity"], run.device)
     judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
-    reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     models = load_models(ckpt, args, run.device)
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)

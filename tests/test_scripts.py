@@ -801,7 +801,10 @@ def test_an_edited_pool(tmp_path, monkeypatch, capsys, change, message):
     change(pool)
     common.write_json(tmp_path / "statements.json", pool)
     monkeypatch.setattr(common, "STATEMENTS", tmp_path / "statements.json")
-    assert message in code_and_line(capsys, lambda _: common.load_statements.__wrapped__())
+    common.load_statements.cache_clear()
+    monkeypatch.setattr(common, "sentence_encoder", lambda *_: pytest.fail("loaded"))
+    assert message in code_and_line(capsys, lambda _: common.StatementReader())
+    common.load_statements.cache_clear()
 
 
 def test_what_was_read_has_changed(runs, tmp_path, monkeypatch, capsys):
@@ -845,6 +848,16 @@ def test_other_answers_are_not_mixed_in(runs, cache, tmp_path, capsys):
     common.write_jsonl(tmp_path / "e" / "responses.jsonl", [lines[0] | {"answer": "77"}, *lines[1:]])
     flags = ["--limit", 24, "--batch-size", 10, "--cache", cache, "--out", tmp_path / "e"]
     assert "answers to other questions" in code_and_line(capsys, estimate.main, *flags)
+
+
+def test_a_broken_line_before_anything_loads(runs, cache, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs["estimate"], tmp_path / "e")
+    (tmp_path / "e" / "done").unlink()
+    lines = (tmp_path / "e" / "responses.jsonl").read_text().splitlines()
+    (tmp_path / "e" / "responses.jsonl").write_text("\n".join([lines[0][:-9], *lines[1:]]) + "\n")
+    monkeypatch.setattr(common, "ClipScorer", lambda *_: pytest.fail("loaded"))
+    flags = ["--limit", 24, "--batch-size", 10, "--cache", cache, "--out", tmp_path / "e"]
+    assert "responses.jsonl, line 1, is no JSON object" in code_and_line(capsys, estimate.main, *flags)
 
 
 def test_files_that_only_look_like_ours(tmp_path, runs, capsys):
