@@ -57,7 +57,7 @@ HALF = re.compile("[\ud800-\udfff]")  # half a character, which no file takes
 LOCKS: dict[Path, ExitStack] = {}  # of the folders that this process works on
 NEW: set[Path] = set()  # those that it made
 BESIDE = {"--server": "server", "--table": "rows", "--bars": "bars", "--correct": "correct"}  # flags: who does the work, in tests/
-BESIDE |= dict.fromkeys(("--human-sheet", "--human-scores"), "human")
+BESIDE |= {"--human-sheet": "human", "--human-scores": "human"}
 PACKAGES = "torch transformers open_clip_torch sentence-transformers peft bitsandbytes scikit-learn".split()
 CROSS_ENCODER = "cross-encoder/stsb-roberta-large"  # matches sentences of other data than digits (App. D.3)
 # The language model's linear layers: where LoRA adapters go, and never into the vision tower or the projector.

@@ -335,9 +335,9 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
     # 5. what happened, on the mean of all processes
     stats |= {name: part.mean().item() for name, part in parts.items()}
     levels = np.array([step.level or 0 for steps in roll.steps for step in steps])
-    correct = np.concatenate([correct for correct, _ in judged])
-    stats |= {name: (levels == level).sum() / max(len(levels), 1) for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
-    stats["auroc"] = common.auroc(levels[levels > 0], correct[levels > 0])  # how well levels tell right sentences from wrong ones
+    n_sentences = np.mean(gather_object([len(levels)])) or 1  # of a process, so that the mean of the shares is that of all
+    stats |= {name: (levels == level).sum() / n_sentences for name, level in zip(SAID, (*common.LEVELS, 0), strict=True)}
+    stats["auroc"] = common.auroc(levels[levels > 0], np.concatenate([correct for correct, _ in judged])[levels > 0])
     stats |= {"reward": scores.sum(1).mean().item(), "value_loss": value_fit}
     stats["kl"] = ((-logratio).exp() - 1 + logratio).sum(1).mean().item()
     sampled_returns, _ = gae(penalised, torch.zeros_like(values), roll.mask, args.discount, 1.0)
