@@ -287,15 +287,15 @@ def fit_confidence(raw, weights, fusion="mean", cuts="sigma", normalize="minmax"
         confidence["quantiles"] = np.quantile(raw, np.linspace(0, 1, 201), axis=0).T.tolist()
     if set(correct) == {True, False}:  # for comparison only: what the four tell of the truth, on the training sentences
         logistic = linear_model.LogisticRegression().fit(common.normalize(raw, confidence), correct)
-        confidence["logistic"] = [*logistic.coef_[0].tolist(), float(logistic.intercept_[0])]
+        confidence["logistic"] = [*logistic.coef_[0], *logistic.intercept_]
     u = common.fuse(raw, confidence, starts)
-    mean, std = float(u.mean()), float(u.std())
+    mean, std = u.mean(), u.std()
     sigma = [mean - std, mean + std, mean + 2 * std, mean + 3 * std]  # sec. 3.1.1, "[0, mu - s, mu + s, mu + 2s, mu + 3s, 1]"
     edges = [0.2, 0.4, 0.6, 0.8] if cuts == "uniform" else sigma
     if cuts == "calibrated":  # where the share of right sentences, falling with U, crosses the middle between two levels
         grid = np.linspace(0, 1, 10_001)
         share = isotonic.IsotonicRegression(increasing=False, out_of_bounds="clip").fit(u, correct).predict(grid)
-        edges = [float(grid[share >= middle].max(initial=-1)) for middle in (0.875, 0.625, 0.375, 0.125)]
+        edges = [grid[share >= middle].max(initial=-1) for middle in (0.875, 0.625, 0.375, 0.125)]
     return confidence | {"mean": mean, "std": std, "edges": edges}
 
 

@@ -66,7 +66,7 @@ def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 def only(predictions: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
     return [
-        p | {"sentences": [s for s in p["sentences"] if s["part"] == part], "covered": {part: p["covered"].get(part, [])}}
+        p | {"sentences": [s for s in p["sentences"] if s["part"] == part], "covered": {part: p["covered"][part]}}
         for p in predictions
     ]
 
@@ -121,8 +121,8 @@ def risk_coverage(confidence, correct) -> np.ndarray:
 def sentence_metrics(predictions: list[dict]) -> dict:
     """What is reported for the whole chain and again for its image and its reasoning part."""
     sentences = stated(predictions)
-    matched = [bool(sentence["correct"]) for sentence in all_sentences(predictions)]
-    covered = [bool(hit) for p in predictions for part in p["covered"].values() for hit in part]
+    matched = [sentence["correct"] for sentence in all_sentences(predictions)]
+    covered = [hit for p in predictions for part in p["covered"].values() for hit in part]
     precision, recall = mean(matched), mean(covered)  # eq. 19, micro-averaged over the test set
     # A chain that says nothing, or nothing right, scores F1 = 0; without any reference there is no F1.
     f1 = 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0  # eq. 20
@@ -139,7 +139,7 @@ def compute_metrics(predictions: list[dict]) -> dict:
     levels = [sentence["level"] for sentence in all_sentences(predictions)]
     direct = [p for p in predictions if not p.get("difficult_direct_answer")]  # as A-OKVQA's authors do
     metrics = {"ece": ece(*answers), "auroc": auroc(*answers)}
-    metrics |= {"accuracy": mean([bool(p["answer_correct"]) for p in predictions]), "coverage": mean([bool(n) for n in levels])}
+    metrics |= {"accuracy": mean([p["answer_correct"] for p in predictions]), "coverage": mean([bool(n) for n in levels])}
     metrics["direct_answer"] = mean([direct_answer_score(p["prediction"], p.get("answers") or [p["answer"]]) for p in direct])
     metrics |= sentence_metrics(predictions) | {"n_questions": len(predictions)}
     metrics["tokens"] = mean([p["n_tokens"] for p in predictions if "n_tokens" in p])

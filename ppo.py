@@ -11,19 +11,17 @@ Reads the folder that warmup.py wrote. Writes the model, value_head.safetensors,
 Choices beyond the paper
  1. A sentence without a statement gets the worst value, -1, in R_EC and R_CS; a response without a sentence gets 0, -1, -1.
  2. --reward-placement end is eq. 13: one reward at the last token. `sentence` places the same terms where what they judge ends;
-    their sum is R, but that T is at least the number of sentences of the reference. Else it pays to stop early: with eq. 10-12 as
-    printed, a policy learned to end after one sure sentence.
+    their sum is R, but that T is at least the number of sentences of the reference: with T as printed, policies learn to stop soon.
  3. The KL penalty is per token, to the warm-up policy, -kl_coef (log pi - log pi_ref) added to the reward; it is reported with the
     estimator exp(-x) - 1 + x (k3, Schulman 2020), x = log pi - log pi_ref.
  4. Advantages are divided by their standard deviation, not centred; those of statements by their own, which is several times
-    smaller. No dropout anywhere; policy, old policy and reference come from the same forward pass, sampled at temperature 1. The
-    ratio of eq. 14 is a token's, and IV is the value of one of the five levels, as EV is.
+    smaller. No dropout; policy, old policy and reference come from one forward pass at temperature 1; eq. 14's ratio is a token's.
  5. The value head is a two-layer network on the last hidden state, whose gradient stops there. It is also told I(z) and IV(z) of
     the sentences that ended before (an asymmetric critic, Pinto et al. 2018), which are settled when a statement begins. It is
-    fitted on the rollout, some passes an update, without clipping (which slows it down: Andrychowicz et al. 2021), and alone in
-    the first updates, on sums of rewards (lambda = 1).
+    fitted on the rollout, unclipped (Andrychowicz et al. 2021), and alone in the first updates, on sums of rewards (lambda = 1).
  6. The reference is a frozen copy: of the adapter on the same base weights, or of the whole model but its image tower.
  7. The entropy bonus counts statement tokens only: it keeps the choice of level alive and leaves the sentences alone.
+ 8. IV is the value of the internal level, as EV is of the stated one; --iv score reads "internal confidence score" as 1 - U_Final.
 
     python ppo.py --ckpt warmup/
     python ppo.py --ckpt warmup/ --beta 0             # the ablation w/o R_EC (likewise --alpha 0, --gamma 0)
@@ -56,6 +54,7 @@ FLAGS = {
         "beta": (NOT_NEGATIVE, 1.0, "weight of R_EC; 0 is the ablation w/o R_EC"),
         "gamma": (NOT_NEGATIVE, 1.0, "weight of R_CS; 0 is the ablation w/o R_CS"),
         "reward": (("sentences", "answer"), "sentences", "eq. 13, or that of SaySelf: the calibration of the last sentence"),
+        "iv": (("level", "score"), "level", "IV of eq. 12: the value of the internal level, or 1 - U_Final"),
         "reward_placement": (("sentence", "end"), "sentence", "see choice 2 above"),
         "kl_coef": (NOT_NEGATIVE, 0.03, "penalty for leaving the warm-up policy"),
         "max_kl": (POSITIVE, 1000.0, "nats a response from the warm-up policy at which a run has gone astray and stops"),
@@ -160,20 +159,22 @@ def rollout(models: Models, reader, questions: list[dict], args, seed: int, firs
 # ----------------------------------------------------------------------------------------------------------------- rewards
 @dataclass
 class Judge:
-    """I(z_t) by the matcher and IV(z_t) by the estimators of the estimate run, on the logits the policy sampled from."""
+    """I(z_t) by the matcher and IV(z_t) (choice 8) by the estimators of the estimate run, on the logits the policy sampled from."""
 
     confidence: dict
     clip: common.ClipScorer
     similarity: common.Similarity
     matcher: common.Matcher
+    iv: str
 
     def __call__(self, roll: Rollout) -> list[tuple[np.ndarray, np.ndarray]]:
         """-> I (0 or 1) and IV (0 to 1) of the sentences of each response."""
         texts = [[step.text for step in steps] for steps in roll.steps]
         matched = self.matcher(texts, [common.reference_chain(record) for record in roll.records])
         raw = common.uncertainties(roll.records, roll.responses, roll.steps, roll.logprob, roll.entropy, self.clip, self.similarity)
-        levels = [common.to_level(common.fuse(values, self.confidence), self.confidence) for values in raw]
-        return [(matches.any(1), conf(internal)) for matches, internal in zip(matched, levels, strict=True)]
+        fused = [common.fuse(values, self.confidence) for values in raw]
+        internal = [1 - u if self.iv == "score" else conf(common.to_level(u, self.confidence)) for u in fused]
+        return list(zip((matches.any(1) for matches in matched), internal, strict=True))
 
 
 def rewards(roll: Rollout, judged: list, args: Namespace) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,8 +202,8 @@ def sentence_rewards(steps: list[Step], correct: np.ndarray, internal: np.ndarra
     for t, step in enumerate(steps):
         terms[t, 0] = float(correct[t])  # eq. 10
         if step.level is not None:
-            terms[t, 1] = 1 - 2 * (float(correct[t]) - conf(step.level)) ** 2  # eq. 11
-            terms[t, 2] = 1 - 2 * (float(internal[t]) - conf(step.level)) ** 2  # eq. 12
+            terms[t, 1] = 1 - 2 * (correct[t] - conf(step.level)) ** 2  # eq. 11
+            terms[t, 2] = 1 - 2 * (internal[t] - conf(step.level)) ** 2  # eq. 12
     return terms
 
 
@@ -328,8 +329,7 @@ def train_update(models: Models, optimizers: dict, reader, judge: Judge, questio
         statements = max(statements, sentences / 20)  # where they are few or all alike
         b_advantages = advantages / torch.where(roll.statement, statements, sentences)
         stats = update(models, optimizers["policy"], roll, b_advantages, args, seed, accelerator)
-    b_returns = returns[roll.mask].to(device)
-    epochs = args.value_epochs * (5 if value_only else 1)
+    b_returns, epochs = returns[roll.mask].to(device), args.value_epochs * (5 if value_only else 1)
     value_fit = fit_value(models.value_head, optimizers["value"], hidden, known, b_returns, epochs, seed, accelerator)
 
     # 5. what happened, on the mean of all processes
@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     reader = common.StatementReader(setup["statement_encoder"], run.device, setup.get("layout", "each"))
     matcher, similarity = common.Matcher(setup["matcher"], run.device), common.Similarity(setup["similarity"], run.device)
-    judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher)
+    judge = Judge(confidence, common.ClipScorer(setup["clip"], run.device), similarity, matcher, args.iv)
     models = load_models(ckpt, args, run.device)
     for name in ("confidence.json", "sft.jsonl"):
         run.write(lambda path: shutil.copy(ckpt / path.name, path), name)

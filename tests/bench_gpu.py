@@ -82,7 +82,7 @@ def reinforce(adapter: Path, records: list[dict], args, clip: str, alone: Accele
     policy.base.generation_config.suppress_tokens += [*beyond, *policy.end_tokens]
     optimizers, reader = ppo.make_optimizers(models, args), common.StatementReader(device=args.device)
     tools = common.ClipScorer(clip, args.device), common.Similarity(device=args.device), common.Matcher()
-    judge = ppo.Judge(estimate.fit_confidence(np.random.default_rng(0).random((50, 4)), [0.25] * 4), *tools)
+    judge = ppo.Judge(estimate.fit_confidence(np.random.default_rng(0).random((50, 4)), [0.25] * 4), *tools, "level")
     prompts = common.collate(policy, [record for record in records for _ in range(args.samples)])
     ids = measured(f"sampling {n} responses", lambda: common.generate(policy, prompts, 1.0, args.max_new_tokens, 0))
     with torch.no_grad():

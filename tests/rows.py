@@ -43,6 +43,7 @@ RUNS["csr"] = "conf_csr --estimate {e_csr} --evaluate digits digits-ood"
 RUNS |= {"after": "warmup --estimate {estimate} --layout after", "rce": "ppo --ckpt {after}"}
 RUNS |= {"numbers": "warmup --estimate {estimate} --no-statements", "no_mapping": "ppo --ckpt {numbers}"}
 RUNS |= {f"no_{term}": f"ppo --ckpt {{warmup}} --{weight} 0" for term, weight in (("ka", "alpha"), ("ec", "beta"), ("cs", "gamma"))}
+RUNS["score"] = "ppo --ckpt {warmup} --iv score"
 CHANGES = {"max": "--fuse max", "uniform": "--levels uniform", "calibrated": "--levels calibrated", "snowball": "--snowball"}
 CHANGES |= {"no_lnlp": "--weights 0 1 1 1", "no_mte": "--weights 1 0 1 1"}
 CHANGES |= {"no_tsar": "--weights 1 1 0 1", "no_clip": "--weights 1 1 1 0"}
@@ -74,6 +75,7 @@ ROWS = {
     "w/o RL": ("no_rl", "", (0.392, 0.427, 0.768, 0.581, 0.408, 0.456, 0.419, 0.595)),
     "calibrated cuts (ours)": ("calibrated", "", ()),
     "snowball-aware U (ours)": ("snowball", "", ()),
+    "U_Final in R_CS (ours)": ("score", "", ()),
     "oracle (no method)": ("oracle", "", ()),
 }
 DATA = ("digits", "digits-ood")  # in and out of domain

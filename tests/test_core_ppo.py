@@ -84,10 +84,10 @@ def judged(*pairs):
     return [(np.array(correct), np.array(internal)) for correct, internal in pairs]
 
 
-def make_judge(confidence, cosines):
+def make_judge(confidence, cosines, iv="level"):
     """The project's judge with the exact matcher, a CLIP whose cosines are given by sentence, and a flat similarity."""
     clip = lambda images, sentences: np.array([cosines[s] for s in sentences])  # noqa: E731
-    return ppo.Judge(confidence, clip, lambda pairs: np.zeros(len(pairs), dtype=np.float32), common.Matcher("exact"))
+    return ppo.Judge(confidence, clip, lambda pairs: np.zeros(len(pairs), dtype=np.float32), common.Matcher("exact"), iv)
 
 
 right, wrong = judge_as(lambda text: True), judge_as(lambda text: False)
@@ -369,8 +369,9 @@ def test_the_critic_learns_from_what_it_knows(processor, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- judge
 
 
-def test_judge_by_hand(processor, monkeypatch):
-    """I from the matcher: one sentence right, in another place of the chain. IV: U of half LNLP, half CLIP, cut in fifths."""
+@pytest.mark.parametrize("iv", ["level", "score"])
+def test_judge_by_hand(processor, monkeypatch, iv):
+    """I from the matcher: one sentence right, in another place of the chain. IV: U of half LNLP, half CLIP, in fifths or not."""
     said = "The right digit is 5, with confidence 1 of 5. The left digit is 4, with confidence 2 of 5."
     policy = scripted.Bigram(processor, {said: 1.0})
     with torch.no_grad():  # the sentence's five tokens: " left" and " 4" of 1/2, the others certain
@@ -383,9 +384,11 @@ def test_judge_by_hand(processor, monkeypatch):
     roll = make_rollout(monkeypatch, models, [scripted.record(3, 5)], [said])
     confidence = {"weights": [0.5, 0, 0, 0.5], "fuse": "mean", "min": [1.0, 0, 0, 0.25], "max": [2.0, 1, 1, 1.25]}
     confidence |= {"edges": [0.2, 0.4, 0.6, 0.8]}
-    [(correct, internal)] = make_judge(confidence, {"The right digit is 5.": 0.75, "The left digit is 4.": -0.5})(roll)
+    [(correct, internal)] = make_judge(confidence, {"The right digit is 5.": 0.75, "The left digit is 4.": -0.5}, iv)(roll)
     # perplexity 2^(2/5) = 1.32 of the 5 tokens; CLIP 1 - .75 = .25 -> 0 and 1 - 0 -> .75: U = .16 and .53: levels 5 and 3
-    assert correct.tolist() == [True, False] and internal.tolist() == [1.0, 0.5]
+    u = (2**0.4 - 1) / 2
+    assert correct.tolist() == [True, False]
+    assert internal == pytest.approx([1.0, 0.5] if iv == "level" else [1 - u, 1 - u - 0.375], abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -438,7 +441,9 @@ def test_what_the_rewards_pay_best(known, internal, beta, gamma):
 
 def test_ceiling():
     """A right and a wrong sentence of internal level 4: levels 4 and 3 where both rewards count, 5 and 1 by R_EC alone."""
-    lines = [{"sentences": [{"correct": True, "level": 4}, {"correct": False, "level": 4}]}]
+    lines = [{"sentences": [{"correct": True, "level": 4, "u": 0.05}, {"correct": False, "level": 4, "u": 0.05}]}]
     mece, shares = ceiling.ceiling(lines, 0.9, 1, 1)
     assert mece == pytest.approx((0.25 + 0.5) / 2) and shares.tolist() == [0, 0, 0.5, 0.5, 0]
     assert ceiling.ceiling(lines, 0.9, 1, 0)[0] == 0
+    mece, shares = ceiling.ceiling(lines, 0.9, 1, 1, iv="score")  # (.9 + .95) / 2 and (.1 + .95) / 2: levels 5 and 3
+    assert mece == 0.25 and shares.tolist() == [0, 0, 0.5, 0, 0.5]

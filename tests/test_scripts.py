@@ -256,6 +256,14 @@ def test_interrupted_ppo_equals_uninterrupted(runs, tmp_path, monkeypatch):
     assert strip(common.read_jsonl(tmp_path / "p" / "log.jsonl")) == strip(common.read_jsonl(runs["ppo"] / "log.jsonl"))
 
 
+def test_iv_score_changes_r_cs_alone(runs, tmp_path):
+    """In the same first rollout, of which the levels are said and the sentences judged as before."""
+    ppo.main(["--ckpt", str(runs["warmup"]), "--out", str(tmp_path / "p"), *PPO, "--updates", "1", "--iv", "score"])
+    score, level = (common.read_jsonl(folder / "log.jsonl")[0] for folder in (tmp_path / "p", runs["ppo"]))
+    assert [score[name] for name in ("r_ka", "r_ec", "auroc")] == [level[name] for name in ("r_ka", "r_ec", "auroc")]
+    assert abs(score["r_cs"] - level["r_cs"]) > 1e-3
+
+
 def test_interrupted_warmup_equals_uninterrupted(runs, tmp_path, monkeypatch):
     """Also where an adapter drops out at random."""
     flags = ["--estimate", str(runs["estimate"]), "--epochs", "1", "--batch-size", "8", "--save-every", "1", "--out"]
