@@ -345,8 +345,10 @@ class Run:
             other = [name for name in record | resolved if record.get(name) != resolved.get(name)]
             names = ", ".join(f"{'the contents of ' * (name in INPUTS)}--{name.replace('_', '-')}" for name in other)
             usage_error(names and f"{self.out}/ holds a run with other settings ({names}); choose another --out or add --overwrite")
-            [*map(read_jsonl, self.out.glob("*.jsonl"))]  # no line is broken
-            (self.out / "done").exists() and read_run(self.out)  # nor what is finished
+            for path in self.out.glob("*.jsonl"):
+                read_jsonl(path)  # no line is broken
+            if (self.out / "done").exists():
+                read_run(self.out)  # nor what is finished
 
     def begin(self) -> None:
         """Before the first file, once arguments and models are good: what --overwrite replaces goes, its record last."""

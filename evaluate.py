@@ -63,12 +63,9 @@ def stated(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return conf(levels), correct
 
 
-def only(predictions: list[dict], part: str) -> list[dict]:
+def only(lines: list[dict], part: str) -> list[dict]:
     """The same predictions with nothing but the sentences and the coverage of one part of the chain."""
-    return [
-        p | {"sentences": [s for s in p["sentences"] if s["part"] == part], "covered": {part: p["covered"][part]}}
-        for p in predictions
-    ]
+    return [dict(p, sentences=[s for s in p["sentences"] if s["part"] == part], covered={part: p["covered"][part]}) for p in lines]
 
 
 def ece(confidence, correct, n_bins: int = 10) -> float:
@@ -284,7 +281,7 @@ def predict(vlm: common.VLM, reader, matcher, records: list[dict], max_new_token
     sentence is not what is said, but how many of so many sampled responses hold it (the baseline SC)."""
     ids = common.generate(vlm, common.collate(vlm, records), 0.0, max_new_tokens, seed)
     texts = [common.read_response(vlm.tokenizer, tokens).text for tokens in ids]
-    parsed, spent = reader.parse(texts), np.array([len(tokens) for tokens in ids])
+    parsed, spent = reader.parse(texts), np.array([*map(len, ids)])
     chains, predictions = [[step.text for step in steps] for steps in parsed], []
     matches = matcher(chains, list(map(common.reference_chain, records)))
     if consistency:

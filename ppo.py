@@ -226,7 +226,7 @@ def known_before(roll: Rollout, judged: list) -> Tensor:
     for row, (steps, (correct, internal)) in enumerate(zip(roll.steps, judged, strict=True)):
         for t, step in enumerate(steps):
             after = step_tokens(roll.responses[row].offsets, step.start, step.end)[-1] + 1
-            known[row, after:] = torch.tensor([correct[t], internal[t], np.mean(correct[: t + 1])])
+            known[row, after:] = torch.tensor([correct[t], internal[t], correct[: t + 1].mean()])
     return known
 
 

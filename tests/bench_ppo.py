@@ -64,7 +64,7 @@ def main() -> None:
     common.fill_defaults(args, ppo.FLAGS, setup["data"])
     models, reader = ppo.load_models(ckpt, args, args.device), common.StatementReader(setup["statement_encoder"])
     judged_by = common.ClipScorer(setup["clip"]), common.Similarity(setup["similarity"]), common.Matcher(setup["matcher"])
-    judge = ppo.Judge(common.read_json(ckpt / "confidence.json"), *judged_by, "level")
+    judge = ppo.Judge(common.read_json(ckpt / "confidence.json"), *judged_by, args.iv)
     optimizers = ppo.make_optimizers(models, args)
     parts = list(common.chunks(common.read_jsonl(ckpt / "sft.jsonl"), args.batch_size))
 

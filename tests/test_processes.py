@@ -57,7 +57,7 @@ def test_the_joint_batch(two):
     [one], [both] = (common.read_jsonl(two / f"p{n}" / "log.jsonl") for n in (1, 2))
     for name in ("reward", "r_ka", "r_ec", "r_cs", "response_length"):
         assert both[name] == pytest.approx(one[name], abs=1e-4)
-    assert [both[f"level_{k}"] for k in range(1, 6)] == pytest.approx([one[f"level_{k}"] for k in range(1, 6)], abs=1e-6)
+    assert [both[name] for name in ppo.SAID] == pytest.approx([one[name] for name in ppo.SAID], abs=1e-6)
     assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
     assert both["value_loss"] == pytest.approx(one["value_loss"], rel=0.1)  # the mean of two means
     weights = [load_file(two / f"p{n}" / "model.safetensors") for n in (1, 2)]
